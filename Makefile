@@ -1,0 +1,50 @@
+# make solo: set up and play a solo over the bundled demo backing.   make solo BACKING=my.mp3: over your own.
+# make test: set up and test everything.   make prepare: before a commit.   make weights: the bundled weights, from nothing.
+
+PYTHON ?= python3
+BACKING ?= demo
+SHELL := /bin/bash
+V := .venv/bin
+# The environment is made once, and made anew when the files that describe it change.
+STAMP := .venv/.made-$(shell cat settings.ini setup.py | sha256sum | cut -c1-16)
+
+.PHONY: solo test env sync notebooks readme prepare export weights lab
+
+solo: env
+	@$(V)/python -m saxgpt.generate "$(BACKING)" -o out/solo.wav --mix out/mix.wav --plot out/solo.png
+
+test: env sync notebooks
+	$(V)/python -m pytest -q tests
+
+env: $(STAMP)
+$(STAMP):
+	@echo "Making the environment in .venv (a few minutes, once)"
+	@rm -rf .venv && $(PYTHON) -m venv .venv
+	@$(V)/pip install -q --disable-pip-version-check -e '.[dev]' 2> >(grep -v '^WARNING: Location' >&2)
+	@touch $(STAMP)
+
+# Notebooks clean, package and README made from them: nothing may differ from what is committed.
+sync: env
+	$(V)/nbdev_clean
+	$(V)/nbdev_export
+	$(V)/python tests/readme.py
+	git diff --exit-code -- nbs saxgpt README.md
+
+notebooks: env
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(V):$$PATH" $(V)/nbdev_test --n_workers 2
+
+readme: env
+	$(V)/python tests/readme.py
+
+export: env
+	$(V)/nbdev_export
+
+prepare: env
+	$(V)/nbdev_clean && $(V)/nbdev_export && $(V)/python tests/readme.py
+
+lab: env
+	$(V)/jupyter lab nbs
+
+# The commands of the model cards in saxgpt/weights.
+weights: env
+	bash saxgpt/weights/remake.sh
