@@ -6,16 +6,17 @@
 __all__ = ['ConfigError', 'Section', 'field', 'DataPaths', 'Intermediates', 'DemucsConfig', 'WindowConfig', 'AugmentConfig',
            'TokenizeConfig', 'SplitConfig', 'DatasetConfig', 'DataConfig', 'RunData', 'ModelConfig', 'SchedulerConfig',
            'OptimizerConfig', 'TrainingConfig', 'RunConfig', 'type_name', 'rows', 'explain', 'parse', 'configs_dir',
-           'weights_dir', 'config_path', 'override', 'load_config', 'to_dict', 'usage_errors']
+           'weights_dir', 'config_path', 'override', 'load_config', 'to_dict', 'usage_errors', 'arguments', 'command']
 
-# %% ../nbs/10_config.ipynb #aafc2285
-import difflib, sys, types
+# %% ../nbs/10_config.ipynb #9dd25afd
+import difflib, inspect, sys, types
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin
 
 import yaml
+from fastcore.script import anno_parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% ../nbs/10_config.ipynb #88fe1b7f
@@ -325,3 +326,39 @@ def usage_errors(
         said = str(e) if not isinstance(e, OSError) or not e.filename else f'{e.filename}: {e.strerror}'
         print(f'saxgpt: {said}', file=sys.stderr)
         raise SystemExit(2) from e
+
+# %% ../nbs/10_config.ipynb #eb4b8f07
+def arguments(
+    func, # a function with docments
+    prog:str=None, # name of the command
+    short:dict={}, # parameter -> short option, such as `-o`
+): # an `argparse.ArgumentParser`
+    "fastcore's parser, with `--top-k` beside `--top_k` and mistakes told in one line."
+    parser = anno_parser(func, prog)
+    def error(message):
+        print(f'saxgpt: {message}; {parser.prog} --help lists what there is', file=sys.stderr)
+        raise SystemExit(2)
+    parser.error = error
+    for action in parser._actions:
+        names = [n.replace('_', '-') for n in action.option_strings] 
+        if action.dest in short: names.append(short[action.dest])
+        action.option_strings = list(dict.fromkeys(names))
+        parser._option_string_actions.update({n: action for n in names})
+    return parser
+
+def command(
+    func=None, # does the work
+    **short # parameter='-x'
+):
+    "Make `func` what `python -m` runs; elsewhere leave it as it is."
+    if func is None: return lambda f: _run(f, short, inspect.currentframe().f_back)
+    return _run(func, short, inspect.currentframe().f_back)
+
+def _run(func, short, frame):
+    if frame.f_globals.get('__name__') != '__main__' or '__file__' not in frame.f_globals: return func
+    args = {k: v for k, v in vars(arguments(func, short=short).parse_args()).items() if k not in ('pdb', 'xtra')}
+    with usage_errors():
+        try: func(**args)
+        except KeyboardInterrupt:
+            print('saxgpt: interrupted', file=sys.stderr)
+            raise SystemExit(130) from None
