@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from fastcore.script import call_parse
 from scipy.signal import lfilter
 
 from .audio import SAMPLE_RATE, write_audio
-from .config import usage_errors, weights_dir
+from .config import command, weights_dir
 from .files import atomic_dir, atomic_path, map_parallel
 
 # %% ../nbs/12_demo.ipynb #a2684b65
@@ -608,11 +607,8 @@ def demo_backing()->tuple[Path, dict]: # audio file, truth
     folder = weights_dir()/'demo'
     return folder/'backing.opus', json.loads((folder/'backing.json').read_text())
 
-# %% ../nbs/12_demo.ipynb #90504ed9
-if __name__ == '__main__' and '__file__' in globals(): sys.argv[1:] = [w.replace('--n-jobs', '--n_jobs') for w in sys.argv[1:]]
-
-# %% ../nbs/12_demo.ipynb #0c808624
-@call_parse
+# %% ../nbs/12_demo.ipynb #a766ec3c
+@command
 def main(
     out:str=None, # folder for the recordings
     minutes:float=10., # at least so much paired audio
@@ -620,9 +616,8 @@ def main(
     n_jobs:int=None, # processes, all cores when absent
 ):
     "Make the demo corpus: jazz backing tracks, saxophone solos over them, and their truth."
-    with usage_errors():
-        if not out: raise ValueError('--out: give the folder for the recordings, such as --out data/demo')
-        if not minutes > 0: raise ValueError(f'--minutes: given {minutes:g}; it must be above 0')
-        try: folders = make_corpus(out, minutes, seed, n_jobs)
-        except RuntimeError as e: sys.exit(f'{e}\nsome recordings failed; the others are complete, run the command again to retry')
-        print(f'{len(folders)} recordings in {out}')
+    if not out: raise ValueError('--out: give the folder for the recordings, such as --out data/demo')
+    if not minutes > 0: raise ValueError(f'--minutes: given {minutes:g}; it must be above 0')
+    try: folders = make_corpus(out, minutes, seed, n_jobs)
+    except RuntimeError as e: sys.exit(f'{e}\nsome recordings failed; the others are complete, run the command again to retry')
+    print(f'{len(folders)} recordings in {out}')
