@@ -356,7 +356,7 @@ def command(
 
 def _run(func, short, frame):
     if frame.f_globals.get('__name__') != '__main__' or '__file__' not in frame.f_globals: return func
-    args = {k: v for k, v in vars(arguments(func, short=short).parse_args()).items() if k not in ('pdb', 'xtra')}
+    args = {k: v for k, v in vars(arguments(func, short=short).parse_intermixed_args()).items() if k not in ('pdb', 'xtra')}
     with usage_errors():
         try: func(**args)
         except KeyboardInterrupt:
