@@ -7,11 +7,12 @@ __all__ = ['SPLITS', 'DatasetError', 'split_of', 'read_header', 'map_tensors', '
            'write_split', 'n_windows', 'dataset_path', 'CodesDataset', 'ResumableSampler', 'CodesLoader', 'make_loader',
            'run']
 
-# %% ../../nbs/05_dataset.ipynb #ec3c19cd
-import json
+# %% ../../nbs/05_dataset.ipynb #fe72da81
+import csv, json
 from hashlib import sha256
 from pathlib import Path
 import numpy as np, torch
+from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from ..config import DataConfig
 from ..files import atomic_path, content_hash, file_hash
@@ -41,7 +42,8 @@ def read_header(path)->tuple: # ({name: {dtype, shape, data_offsets}}, metadata,
         meta = head.pop('__metadata__', {})
         if 8+n+max((t['data_offsets'][1] for t in head.values()), default=0) != path.stat().st_size: raise ValueError
     except FileNotFoundError: raise DatasetError(f'{path}: no such file (the data pipeline makes it)') from None
-    except (ValueError, TypeError, KeyError, AttributeError): raise DatasetError(f'{path}: damaged, or no safetensors file; make it again') from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise DatasetError(f'{path}: damaged, or no safetensors file; make it again') from None
     return head, meta, 8+n
 
 # %% ../../nbs/05_dataset.ipynb #5399ebcc
@@ -78,7 +80,8 @@ def read_clip(path, # a file of the codes stage
               padding_idx:int=2048)->dict: # its metadata, `path`, `length` (steps) and `shape`
     "Metadata of one clip's codes, after a look at every code"
     codes, meta = map_tensors(path)
-    missing = [k for k in ('backing','lead') if k not in codes] + [k for k in ('codec_name','codec_hash','clip','recording') if k not in meta]
+    missing = [k for k in ('backing','lead') if k not in codes]
+    missing += [k for k in ('codec_name','codec_hash','clip','recording') if k not in meta]
     if missing: raise DatasetError(f'{path}: has no {", ".join(missing)}; it is not a file of the codes stage')
     b, l = codes['backing'], codes['lead']
     if b.shape != l.shape or b.ndim != 2 or not b.size:
@@ -101,7 +104,8 @@ def scan_clips(codes_dir, # folder of the codes stage
             if c[what] != clips[0][what]:
                 raise DatasetError(f'{c["path"]}: made by codec {c["codec_name"]} ({c["codec_hash"]}), but {clips[0]["path"]} by '
                                    f'{clips[0]["codec_name"]} ({clips[0]["codec_hash"]}); one dataset needs one codec')
-        if c['shape'][0] != clips[0]['shape'][0]: raise DatasetError(f'{c["path"]}: {c["shape"][0]} codebooks, the others have {clips[0]["shape"][0]}')
+        if c['shape'][0] != clips[0]['shape'][0]:
+            raise DatasetError(f'{c["path"]}: {c["shape"][0]} codebooks, the others have {clips[0]["shape"][0]}')
     return clips, failed
 
 # %% ../../nbs/05_dataset.ipynb #ecf45357
@@ -141,46 +145,53 @@ class CodesDataset(Dataset):
                  stride:int=None, # steps between windows
                  padding_idx:int=None):
         self.path = dataset_path(path)
-        tensors, self.meta = map_tensors(self.path)
+        tensors, meta = map_tensors(self.path)
         try:
             self.backing, self.lead, self.offsets = tensors['backing'], tensors['lead'], np.array(tensors['offsets'])
-            self.seq_len, self.stride, self.padding_idx = [int(self.meta[k]) if v is None else v for k,v in
-                (('seq_len', seq_len), ('stride', stride), ('padding_idx', padding_idx))]
-            self.clips, self.fingerprint = json.loads(self.meta['clips']), {k: self.meta[k] for k in ('codec_name', 'codec_hash')}
+            least, self.seq_len, self.stride = int(meta['padding_idx']), seq_len or int(meta['seq_len']), stride or int(meta['stride'])
+            self.clips, self.fingerprint = json.loads(meta['clips']), {k: meta[k] for k in ('codec_name', 'codec_hash')}
         except KeyError as e: raise DatasetError(f'{self.path}: has no {e}; it is not a dataset of the pipeline') from None
-        if min(self.seq_len, self.stride) < 1: raise DatasetError(f'seq_len {self.seq_len} and stride {self.stride} must be at least 1')
-        if self.padding_idx < int(self.meta['padding_idx']):
-            raise DatasetError(f'{self.path}: padding_idx {self.padding_idx} may be a code; this dataset needs at least {self.meta["padding_idx"]}')
+        self.meta, self.padding_idx = meta, least if padding_idx is None else padding_idx
+        if self.padding_idx < least:
+            raise DatasetError(f'{self.path}: padding_idx {padding_idx} may be a code; this dataset needs at least {least}')
         self.first = np.cumsum(np.append(0, n_windows(np.diff(self.offsets), self.seq_len, self.stride))) # of each clip
 
     def __len__(self): return int(self.first[-1])
     def __reduce__(self): return CodesDataset, (self.path, self.seq_len, self.stride, self.padding_idx)
 
-    def locate(self, i)->tuple: # (clip, first step, last step + 1 in the file)
-        "Where window `i` lies"
-        if not -len(self) <= i < len(self): raise IndexError(f'window {i} of {len(self)}')
-        i = int(i) % len(self)
-        c = int(np.searchsorted(self.first, i, 'right')) - 1
-        a = int(self.offsets[c] + (i-self.first[c])*self.stride)
-        return c, a, min(a+self.seq_len, int(self.offsets[c+1]))
+# %% ../../nbs/05_dataset.ipynb #132af999
+@patch
+def locate(self:CodesDataset, i:int)->tuple: # (clip, first step, last step + 1, both in the file)
+    "Where window `i` lies"
+    if not -len(self) <= i < len(self): raise IndexError(f'window {i} of {len(self)}')
+    i = int(i) % len(self)
+    c = int(np.searchsorted(self.first, i, 'right')) - 1
+    a = int(self.offsets[c] + (i-self.first[c])*self.stride)
+    return c, a, min(a+self.seq_len, int(self.offsets[c+1]))
 
-    def window(self, i)->tuple: # (backing, lead) int16 (K, L), shorter than L at the end of a clip
-        "The codes of window `i`, as views into the file"
-        _, a, b = self.locate(i)
-        return self.backing[:,a:b], self.lead[:,a:b]
+@patch
+def window(self:CodesDataset, i:int)->tuple: # (backing, lead) int16 (K, L), shorter than L at the end of a clip
+    "The codes of window `i`, as views into the file"
+    _, a, b = self.locate(i)
+    return self.backing[:,a:b], self.lead[:,a:b]
 
-    def recordings(self, i)->str:
-        "Id of the recording that window `i` is from"
-        return self.clips[self.locate(i)[0]]['recording']
+@patch
+def recordings(self:CodesDataset, i:int)->str:
+    "Id of the recording that window `i` is from"
+    return self.clips[self.locate(i)[0]]['recording']
 
-    def _delayed(self, codes): # (K, L or less) -> (K, S)
-        x = torch.full((len(codes), self.seq_len), self.padding_idx)
-        x[:,:codes.shape[1]] = torch.from_numpy(codes.astype(np.int64))
-        return delay(x, self.padding_idx)
+# %% ../../nbs/05_dataset.ipynb #50f97e16
+@patch
+def _delayed(self:CodesDataset, codes): # (K, L or less) -> (K, S)
+    x = torch.full((len(codes), self.seq_len), self.padding_idx)
+    x[:,:codes.shape[1]] = torch.from_numpy(codes.astype(np.int64))
+    return delay(x, self.padding_idx)
 
-    def __getitem__(self, i)->dict: # backing, lead int64 (K, S), valid bool (K, S)
-        backing, lead = map(self._delayed, self.window(i))
-        return dict(backing=backing, lead=lead, valid=lead != self.padding_idx)
+@patch
+def __getitem__(self:CodesDataset, i:int)->dict: # backing, lead int64 (K, S), valid bool (K, S)
+    "Window `i` as the model takes it"
+    backing, lead = map(self._delayed, self.window(i))
+    return dict(backing=backing, lead=lead, valid=lead != self.padding_idx)
 
 # %% ../../nbs/05_dataset.ipynb #c40f4d25
 class ResumableSampler(Sampler):
@@ -211,8 +222,9 @@ class ResumableSampler(Sampler):
     def load_state_dict(self, state:dict):
         "Take up a saved position; it must be of the same windows in the same order"
         for k in ('n', 'seed'):
-            if state[k] != getattr(self, k): raise DatasetError(
-                f'the saved position is for {k}={state[k]}, this run has {k}={getattr(self, k)}: the data or the seed changed, start a new run')
+            if state[k] != getattr(self, k):
+                raise DatasetError(f'the saved position is for {k}={state[k]}, this run has {k}={getattr(self, k)}: '
+                                   'the data or the seed changed, start a new run')
         self.set(state['epoch'], state['position']//self.world_size)
 
 # %% ../../nbs/05_dataset.ipynb #23d3f101
@@ -230,8 +242,10 @@ class CodesLoader(DataLoader):
             yield batch
         self.sampler.set(epoch+1)
 
-    def __len__(self): return self._steps(len(self.sampler) - self.sampler.position)
-    def _steps(self, n): return n//self.batch_size if self.drop_last else -(-n//self.batch_size)
+    def __len__(self):
+        left = len(self.sampler) - self.sampler.position
+        return left//self.batch_size if self.drop_last else -(-left//self.batch_size)
+
     def state_dict(self): return self.sampler.state_dict()
     def load_state_dict(self, state): self.sampler.load_state_dict(state)
 
@@ -255,10 +269,19 @@ def _meta(cfg, clips):
     return dict(codec_name=clips[0]['codec_name'], codec_hash=clips[0]['codec_hash'], frame_rate=clips[0].get('frame_rate', '50'),
                 seq_len=str(d.seq_len), stride=str(d.stride), padding_idx=str(d.padding_idx), settings=made)
 
-# %% ../../nbs/05_dataset.ipynb #19942c0f
-def run(cfg:DataConfig, device='cpu', **kwargs)->dict: # done: files, failed: {clip: reason}, n_in: clips, hours: of each split
+# %% ../../nbs/05_dataset.ipynb #4d32a98c
+def _chosen(clips, table):
+    "The clips that the table of windows names (CLIP, or CLIP+AUGMENTATION), and the others"
+    if not Path(table).is_file(): return clips, []
+    with open(table, newline='') as f: names = {r['clip'] for r in csv.DictReader(f)}
+    return [[c for c in clips if (c['clip'].split('+')[0] in names) == yes] for yes in (True, False)]
+
+# %% ../../nbs/05_dataset.ipynb #26ed50c4
+def run(cfg:DataConfig, device='cpu')->dict: # done: files, failed: {clip: reason}, n_in: clips, dropped, hours, notes
     "Write `train`, `val` and `test.safetensors` from all code files; a file that is up to date stays"
     clips, failed = scan_clips(cfg.data_paths.codes_dir, cfg.dataset.padding_idx)
+    n_in = len(clips)+len(failed)
+    clips, stale = _chosen(clips, cfg.data_paths.metadata_path)
     if not clips: raise DatasetError(f'{cfg.data_paths.codes_dir}: no usable code files; run the codes stage first')
     meta, out, s = _meta(cfg, clips), Path(cfg.data_paths.datasets_dir), cfg.train_test_split
     parts = {k: [c for c in clips if split_of(c['recording'], s.seed, s.test, s.val) == k] for k in SPLITS}
@@ -269,5 +292,7 @@ def run(cfg:DataConfig, device='cpu', **kwargs)->dict: # done: files, failed: {c
         except DatasetError: done = False
         if not done: write_split(path, part, meta, clips[0]['shape'][0])
     hours = {k: sum(c['length'] for c in p) / float(meta['frame_rate']) / 3600 for k,p in parts.items()}
-    return dict(done=[str(out/f'{k}.safetensors') for k in SPLITS], failed=failed, n_in=len(clips)+len(failed), hours=hours,
-                notes=[f'{k} is empty: no recording falls into it' for k in SPLITS if not parts[k]])
+    notes = [f'{k}: {hours[k]:.2f} h, {len(p)} clips of {len({c["recording"] for c in p})} recordings' if p else
+             f'{k} is empty: no recording falls into it' for k,p in parts.items()]
+    return dict(done=[str(out/f'{k}.safetensors') for k in SPLITS], failed=failed, n_in=n_in, notes=notes,
+                dropped={c['clip']: 'of a window that is no longer chosen' for c in stale}, hours=sum(hours.values()))
