@@ -1,0 +1,154 @@
+"The commands as a person uses them: real files in, real processes, real signals."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from saxgpt.data.dataset import CodesDataset
+from saxgpt.demo import make_corpus
+from saxgpt.files import read_jsonl, read_tensors
+
+env = dict(os.environ, OMP_NUM_THREADS='1')
+
+
+def run(*args, ok=True, **kw):
+    "Run `python -m saxgpt.*` and give the finished process."
+    r = subprocess.run([sys.executable, '-m', *map(str, args)], capture_output=True, text=True, env=env, **kw)
+    if ok: assert r.returncode == 0, r.stderr
+    return r
+
+
+# a solo
+
+def test_solo_over_a_stereo_44k_mp3(tmp_path):
+    import av
+    t = np.arange(5*44100)/44100
+    x = np.stack([np.sin(2*np.pi*f*t) for f in (110, 165)]).astype(np.float32)/4
+    with av.open(str(tmp_path/'band.mp3'), 'w') as c:
+        stream = c.add_stream('mp3', rate=44100, layout='stereo')
+        for i in range(0, x.shape[1], 1152):
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(x[:, i:i + 1152]), 'fltp', 'stereo')
+            frame.sample_rate, frame.pts = 44100, i
+            c.mux(stream.encode(frame))
+        c.mux(stream.encode(None))
+    r = run('saxgpt.generate', tmp_path/'band.mp3', '-o', tmp_path/'solo.wav', '--seed', 1)
+    solo, rate = sf.read(tmp_path/'solo.wav')
+    mix, _ = sf.read(tmp_path/'solo-mix.wav')
+    assert rate == 32000 and abs(len(solo)/rate - 5) < .1 and len(mix) == len(solo)
+    assert np.abs(mix).max() < 1 and np.isfinite(solo).all()
+    assert (tmp_path/'solo.png').stat().st_size > 10_000
+    assert 'solo.wav' in r.stdout and 'saxgpt' in r.stdout  # where it is, how to do it with one's own file
+
+
+def test_solo_depends_on_the_seed_alone(tmp_path):
+    sf.write(tmp_path/'band.wav', np.random.default_rng(0).normal(size=(8000*3, 6))*.1, 8000)
+    for name, seed in ('a', 1), ('b', 1), ('c', 2):
+        run('saxgpt.generate', tmp_path/'band.wav', '-o', tmp_path/f'{name}.wav', '--seed', seed)
+    a, b, c = (sf.read(tmp_path/f'{n}.wav')[0] for n in 'abc')
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+@pytest.mark.parametrize('make, says', [
+    (lambda p: p.write_bytes(b''), 'empty'),
+    (lambda p: p.write_text('this is not music'), 'audio'),
+    (lambda p: sf.write(p, np.full(32000, np.nan), 32000, subtype='FLOAT'), 'NaN'),
+    (lambda p: None, 'no such file'),
+], ids=['empty', 'text', 'nan', 'absent'])
+def test_bad_backing_is_one_line(tmp_path, make, says):
+    make(tmp_path/'bad.wav')
+    r = run('saxgpt.generate', tmp_path/'bad.wav', '-o', tmp_path/'solo.wav', ok=False)
+    assert r.returncode == 2 and r.stderr.strip().count('\n') == 0, r.stderr
+    assert 'bad.wav' in r.stderr and says.lower() in r.stderr.lower()
+    assert not (tmp_path/'solo.wav').exists()
+
+
+@pytest.mark.parametrize('args', [('--temperature', '-1'), ('--top-p', '2'), ('--checkpoint', 'no/such/folder'), ('--n', '0')])
+def test_bad_argument_is_one_line(tmp_path, args):
+    r = run('saxgpt.generate', 'demo', '-o', tmp_path/'solo.wav', *args, ok=False)
+    assert r.returncode == 2 and r.stderr.strip().count('\n') == 0, r.stderr
+
+
+# recordings to weights
+
+tiny = ['model.d_model=32', 'model.nhead=2', 'model.num_encoder_layers=1', 'model.num_decoder_layers=1', 'model.dim_feedforward=64',
+        'model.dropout=0.1', 'training.batch_size=2', 'training.gradient_accumulation_steps=2', 'training.num_workers=0', 'training.log_interval=1',
+        'training.scheduler.warmup_steps=2', 'training.use_pbar=false', 'training.val_batches=1']
+
+
+@pytest.fixture(scope='module')
+def dataset(tmp_path_factory):
+    "A demo corpus of a few minutes, taken all the way to datasets by the pipeline's command."
+    d = tmp_path_factory.mktemp('data')
+    make_corpus(d/'corpus', 4, seed=5, n_jobs=2)
+    paths = [f'data_paths.{k}={d/v}' for k, v in dict(dl_dir='1', stems_dir='2', metadata_path='3.csv', clips_dir='4', aug_dir='5', codes_dir='6',
+                                                      datasets_dir='7').items()]
+    settings = [f'source={d/"corpus"}', *paths, 'rms_window.min_window_size_seconds=12', 'dataset.seq_len=300', 'dataset.stride=150',
+                'train_test_split.val=0.3', 'train_test_split.test=0.3', 'train_test_split.seed=3']
+    first = run('saxgpt.pipeline', '--config', 'demo', *settings)
+    hashes = {p.name: p.read_bytes() for p in (d/'7').glob('*.safetensors')}
+    run('saxgpt.pipeline', '--config', 'demo', *settings)
+    assert hashes == {p.name: p.read_bytes() for p in (d/'7').glob('*.safetensors')}, 'a second run changes nothing'
+    assert 'dataset' in first.stdout
+    return d/'7'
+
+
+def train_args(dataset, out, *more):
+    data = [f'data.{k}_path={dataset/k}.safetensors' for k in ('train', 'val', 'test')]
+    return ['saxgpt.train', '--config', 'xsmall', *data, *tiny, f'training.output_dir={out}', *more]
+
+
+def weights(out): return read_tensors(Path(out)/'checkpoints/last/model.safetensors')[0]
+
+
+def same(a, b): return a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+
+
+def test_splits_are_by_recording(dataset):
+    seen = {s: {c['recording'] for c in CodesDataset(dataset/f'{s}.safetensors').clips} for s in ('train', 'val', 'test')}
+    assert all(seen.values()) and not (seen['train'] & seen['val'] or seen['train'] & seen['test'] or seen['val'] & seen['test'])
+
+
+def test_killed_and_started_again_ends_the_same(dataset, tmp_path):
+    more = ['training.max_steps=12', 'training.val_interval=3']
+    run(*train_args(dataset, tmp_path/'whole', *more))
+    args = [sys.executable, '-m', *train_args(dataset, tmp_path/'cut', *more)]
+    p = subprocess.Popen(args, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path/'cut/metrics.jsonl'
+    while p.poll() is None and not any(m.get('step', 0) >= 5 for m in read_jsonl(log)): time.sleep(.02)
+    assert p.poll() is None, 'finished before it could be killed'
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    run(*train_args(dataset, tmp_path/'cut', *more))
+    assert same(weights(tmp_path/'whole'), weights(tmp_path/'cut'))
+
+
+def test_sigterm_saves_and_leaves(dataset, tmp_path):
+    args = [sys.executable, '-m', *train_args(dataset, tmp_path/'run', 'training.max_steps=100000')]
+    p = subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while p.poll() is None and not read_jsonl(tmp_path/'run/metrics.jsonl'): time.sleep(.02)
+    p.send_signal(signal.SIGTERM)
+    out, _ = p.communicate(timeout=60)
+    assert 'Traceback' not in out, out
+    assert json.loads((tmp_path/'run/checkpoints/last/config.json').read_text())['step'] >= 1
+
+
+def test_two_processes_train_as_one(dataset, tmp_path):
+    more = ['training.max_steps=3', 'model.dropout=0', 'model.condition_dropout=0']
+    run(*train_args(dataset, tmp_path/'one', *more, 'training.batch_size=4', 'training.gradient_accumulation_steps=1'))
+    run(*train_args(dataset, tmp_path/'two', *more, 'training.batch_size=2', 'training.gradient_accumulation_steps=1'), '--ddp', '--num-gpus', 2)
+    a, b = weights(tmp_path/'one'), weights(tmp_path/'two')
+    assert max((a[k].float() - b[k].float()).abs().max() for k in a) < 1e-4
+
+
+def test_bad_config_is_one_line(tmp_path):
+    for args, key in ((['model.nhead=5'], 'nhead'), (['training.optimizer.lr=fast'], 'lr'), (['model.dmodel=3'], 'd_model'),
+                      ([f'data.train_path={tmp_path}/none.safetensors'], 'none.safetensors')):
+        r = run('saxgpt.train', '--config', 'xsmall', f'training.output_dir={tmp_path}/out', *args, ok=False)
+        assert r.returncode == 2 and r.stderr.strip().count('\n') == 0 and key in r.stderr, r.stderr
