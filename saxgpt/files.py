@@ -119,6 +119,16 @@ def write_tensors(
         if all(hasattr(t, 'numpy') for t in tensors.values()):
             save_torch({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, p, metadata)
         else: save_numpy(dict(tensors), p, metadata)
+        _sort_header(p)
+
+def _sort_header(path):
+    "Rewrite a safetensors header in place with its keys in order."
+    with open(path, 'r+b') as f:
+        n = int.from_bytes(f.read(8), 'little')
+        header = json.dumps(json.loads(f.read(n)), sort_keys=True, separators=(',', ':'), ensure_ascii=False).encode()
+        if len(header) > n: return
+        f.seek(8)
+        f.write(header.ljust(n))
 
 def read_tensors(
     path, # a .safetensors file
