@@ -102,11 +102,12 @@ def main(overrides:Param('settings to replace, as key=value', str, nargs='*', op
          config:str=None, # bundled name or path of a data configuration
          cuda:bool=False, # separation and tokenisation on the GPU
          only:str=None, # one stage: download, stems, windows, augment, codes or dataset
-         n_jobs:int=None): # processes for the other stages, the number of cores (8 at most) when absent
+         n_jobs:int=None, # processes for the other stages, the number of cores (8 at most) when absent
+         quiet:bool=False): # no progress bars
     "Recordings to datasets: run the data stages, going on where they stopped."
     if not config: raise ConfigError('--config: give a bundled name, such as demo, or the path of a YAML file')
     cfg, n_jobs, outcomes = load_config(DataConfig, config, overrides or ()), n_jobs or min(os.cpu_count() or 1, 8), []
-    try: run_pipeline(cfg, _device(cuda), only, n_jobs, True, outcomes)
+    try: run_pipeline(cfg, _device(cuda), only, n_jobs, not quiet, outcomes)
     finally:
         if outcomes: print(table(outcomes))
     bad = [f'saxgpt: {o.stage}: {k}: {why}' for o in outcomes for k,why in o.failed.items()]

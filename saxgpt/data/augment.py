@@ -12,7 +12,7 @@ from pathlib import Path
 import librosa, numpy as np
 from ..audio import read_audio, write_audio
 from ..config import AugmentConfig, DataConfig
-from ..files import atomic_dir, content_hash, map_parallel
+from ..files import atomic_dir, atomic_path, content_hash, map_parallel
 
 # %% ../../nbs/03_augmentation.ipynb #3d2751dc
 def variants(a:AugmentConfig)->dict: # name -> (semitones, speed)
@@ -63,5 +63,8 @@ def run(cfg:DataConfig, device='cpu',
     for clip,r in map_parallel(work, clips, n_jobs, 'augment' if progress else None):
         if isinstance(r, Exception): failed[clip.name] = str(r) or type(r).__name__
         else: copies.update(r)
-    _prune(cfg.data_paths.aug_dir, set(copies))
+    out = Path(cfg.data_paths.aug_dir)
+    _prune(out, set(copies))
+    if copies or out.is_dir():
+        with atomic_path(out/'manifest.jsonl') as p: p.write_text(''.join(json.dumps(dict(clip=c))+'\n' for c in sorted(copies)))
     return dict(done=list(copies), failed=failed, n_in=len(clips), hours=sum(copies.values())/3600)

@@ -15,7 +15,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from ..config import DataConfig
-from ..files import atomic_path, content_hash, file_hash
+from ..files import atomic_path, content_hash, read_jsonl
 from ..patterns import delay
 
 # %% ../../nbs/05_dataset.ipynb #c4f6e32b
@@ -77,7 +77,7 @@ def create_tensors(path, # the file to make
 
 # %% ../../nbs/05_dataset.ipynb #9390dd4f
 def read_clip(path, # a file of the codes stage
-              padding_idx:int=2048)->dict: # its metadata, `path`, `length` (steps) and `shape`
+              padding_idx:int=2048)->dict: # its metadata, `path`, `length` (steps), `shape` and `hash`
     "Metadata of one clip's codes, after a look at every code"
     codes, meta = map_tensors(path)
     missing = [k for k in ('backing','lead') if k not in codes]
@@ -89,14 +89,14 @@ def read_clip(path, # a file of the codes stage
     for k,c in (('backing',b), ('lead',l)):
         if c.min() < 0 or c.max() >= padding_idx:
             raise DatasetError(f'{path}: {k} holds codes {c.min()}..{c.max()}, allowed are 0..{padding_idx-1}')
-    return dict(meta, path=Path(path), length=b.shape[1], shape=b.shape)
+    return dict(meta, path=Path(path), length=b.shape[1], shape=b.shape, hash=content_hash(b.tobytes(), l.tobytes(), meta))
 
-# %% ../../nbs/05_dataset.ipynb #a7a8c51d
-def scan_clips(codes_dir, # folder of the codes stage
+# %% ../../nbs/05_dataset.ipynb #8c991a5d
+def scan_clips(paths, # files of the codes stage
                padding_idx:int=2048)->tuple: # (list of clips as in `read_clip`, {clip: reason} of the bad ones)
-    "Check every code file of a folder"
+    "Check code files, each by itself and all together"
     clips, failed = [], {}
-    for p in sorted(Path(codes_dir).glob('*.safetensors')):
+    for p in paths:
         try: clips.append(read_clip(p, padding_idx))
         except DatasetError as e: failed[p.stem] = str(e)
     for c in clips:
@@ -265,23 +265,24 @@ SPLITS = 'train', 'val', 'test'
 def _meta(cfg, clips):
     "Header of a split's file: codec, window settings, and the hash of everything that made it"
     d = cfg.dataset
-    made = content_hash([[c['clip'], file_hash(c['path'])] for c in clips], cfg.train_test_split.model_dump(), d.model_dump())
+    made = content_hash([c['hash'] for c in clips], cfg.train_test_split.model_dump(), d.model_dump())
     return dict(codec_name=clips[0]['codec_name'], codec_hash=clips[0]['codec_hash'], frame_rate=clips[0].get('frame_rate', '50'),
                 seq_len=str(d.seq_len), stride=str(d.stride), padding_idx=str(d.padding_idx), settings=made)
 
-# %% ../../nbs/05_dataset.ipynb #4d32a98c
-def _chosen(clips, table):
-    "The clips that the table of windows names (CLIP, or CLIP+AUGMENTATION), and the others"
-    if not Path(table).is_file(): return clips, []
+# %% ../../nbs/05_dataset.ipynb #34b37641
+def _chosen(p):
+    "Code files of the clips that are chosen now, and the names of the others; without a table all are"
+    files, table = sorted(Path(p.codes_dir).glob('*.safetensors')), Path(p.metadata_path)
+    if not table.is_file(): return files, []
     with open(table, newline='') as f: names = {r['clip'] for r in csv.DictReader(f)}
-    return [[c for c in clips if (c['clip'].split('+')[0] in names) == yes] for yes in (True, False)]
+    names |= {e['clip'] for e in read_jsonl(Path(p.aug_dir)/'manifest.jsonl')}
+    return [f for f in files if f.stem in names], [f.stem for f in files if f.stem not in names]
 
 # %% ../../nbs/05_dataset.ipynb #26ed50c4
 def run(cfg:DataConfig, device='cpu')->dict: # done: files, failed: {clip: reason}, n_in: clips, dropped, hours, notes
     "Write `train`, `val` and `test.safetensors` from all code files; a file that is up to date stays"
-    clips, failed = scan_clips(cfg.data_paths.codes_dir, cfg.dataset.padding_idx)
-    n_in = len(clips)+len(failed)
-    clips, stale = _chosen(clips, cfg.data_paths.metadata_path)
+    files, stale = _chosen(cfg.data_paths)
+    clips, failed = scan_clips(files, cfg.dataset.padding_idx)
     if not clips: raise DatasetError(f'{cfg.data_paths.codes_dir}: no usable code files; run the codes stage first')
     meta, out, s = _meta(cfg, clips), Path(cfg.data_paths.datasets_dir), cfg.train_test_split
     parts = {k: [c for c in clips if split_of(c['recording'], s.seed, s.test, s.val) == k] for k in SPLITS}
@@ -294,5 +295,5 @@ def run(cfg:DataConfig, device='cpu')->dict: # done: files, failed: {clip: reaso
     hours = {k: sum(c['length'] for c in p) / float(meta['frame_rate']) / 3600 for k,p in parts.items()}
     notes = [f'{k}: {hours[k]:.2f} h, {len(p)} clips of {len({c["recording"] for c in p})} recordings' if p else
              f'{k} is empty: no recording falls into it' for k,p in parts.items()]
-    return dict(done=[str(out/f'{k}.safetensors') for k in SPLITS], failed=failed, n_in=n_in, notes=notes,
-                dropped={c['clip']: 'of a window that is no longer chosen' for c in stale}, hours=sum(hours.values()))
+    return dict(done=[str(out/f'{k}.safetensors') for k in SPLITS], failed=failed, n_in=len(files)+len(stale), notes=notes,
+                dropped={c: 'codes of a clip that is no longer chosen' for c in stale}, hours=sum(hours.values()))
