@@ -45,6 +45,17 @@ prepare: env
 lab: env
 	$(V)/jupyter lab nbs
 
-# The commands of the model cards in saxgpt/weights.
+# The bundled codec and model from nothing: two hours on two cores. Short windows first, where attention is cheap, then the full 30 s.
+DEMO := data/demo
 weights: env
-	bash saxgpt/weights/remake.sh
+	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 300 --seed 1
+	$(V)/python -m saxgpt.training.codec --corpus $(DEMO)/corpus --out saxgpt/weights/mel-rvq
+	$(V)/saxgpt pipeline --config demo
+	$(V)/saxgpt pipeline --config demo --only dataset data_paths.datasets_dir=$(DEMO)/7_short dataset.seq_len=500 dataset.stride=500
+	$(V)/saxgpt train --config demo data.train_path=$(DEMO)/7_short/train.safetensors data.val_path=$(DEMO)/7_short/val.safetensors \
+		training.output_dir=models/short training.max_steps=4000 training.precision=bf16
+	$(V)/python -m saxgpt.training.checkpoint models/short/checkpoints/best models/short/weights
+	$(V)/saxgpt train --config demo training.resume_from_checkpoint=models/short/weights training.precision=bf16 \
+		training.max_steps=1000 training.batch_size=2 training.optimizer.lr=0.0003 training.scheduler.warmup_steps=50
+	$(V)/python -m saxgpt.training.checkpoint models/demo/checkpoints/best saxgpt/weights/xsmall
+	$(V)/saxgpt evaluate --config demo --checkpoint saxgpt/weights/xsmall --windows 200
