@@ -53,9 +53,11 @@ weights: env
 	$(V)/saxgpt pipeline --config demo
 	$(V)/saxgpt pipeline --config demo --only dataset data_paths.datasets_dir=$(DEMO)/7_short dataset.seq_len=500 dataset.stride=500
 	$(V)/saxgpt train --config demo data.train_path=$(DEMO)/7_short/train.safetensors data.val_path=$(DEMO)/7_short/val.safetensors \
-		training.output_dir=models/short training.max_steps=4000 training.precision=bf16
+		training.output_dir=models/short training.max_steps=3000 training.scheduler.total_steps=4000
 	$(V)/python -m saxgpt.training.checkpoint models/short/checkpoints/best models/short/weights
-	$(V)/saxgpt train --config demo training.resume_from_checkpoint=models/short/weights training.precision=bf16 \
-		training.max_steps=1000 training.batch_size=2 training.optimizer.lr=0.0003 training.scheduler.warmup_steps=50
+	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 700 --seed 1
+	$(V)/saxgpt pipeline --config demo
+	$(V)/saxgpt train --config demo training.resume_from_checkpoint=models/short/weights \
+		training.max_steps=1500 training.batch_size=2 training.optimizer.lr=0.0006 training.scheduler.warmup_steps=50
 	$(V)/python -m saxgpt.training.checkpoint models/demo/checkpoints/best saxgpt/weights/xsmall
 	$(V)/saxgpt evaluate --config demo --checkpoint saxgpt/weights/xsmall --windows 200

@@ -18,8 +18,12 @@ from tqdm.auto import tqdm
 # %% ../nbs/10a_files.ipynb #68d40740
 def _temporary(path): return path.with_name(f'.{os.getpid()}-{os.urandom(3).hex()}-{path.name}')
 
+_umask = os.umask(0o22)
+os.umask(_umask)
+
 def _sync(path):
-    "Push a file or a folder's entries to the disk, where the system can."
+    "Push a file or a folder's entries to the disk, where the system can, with the rights a new file has (some libraries make private ones)."
+    if path.is_file(): path.chmod(0o666 & ~_umask)
     try: fd = os.open(path, os.O_RDONLY)
     except OSError: return
     try: os.fsync(fd)
