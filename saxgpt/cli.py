@@ -15,7 +15,7 @@ commands = dict(
     pipeline='recordings to datasets, resuming where it stopped',
     train='train a model, resuming by itself',
     monitor='watch a training run',
-    evaluate='say with numbers whether the solos fit')
+    evaluate='say how well a checkpoint predicts, and whether it listens')
 
 # %% ../nbs/15_cli.ipynb #e280e6d1
 def usage()->str:

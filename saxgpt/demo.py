@@ -616,7 +616,7 @@ def main(
     n_jobs:int=None, # processes, all cores when absent
 ):
     "Make the demo corpus: jazz backing tracks, saxophone solos over them, and their truth."
-    if not out: raise ValueError('--out: give the folder for the recordings, such as --out data/demo')
+    if not out: raise ValueError('--out: give the folder for the recordings, such as --out data/demo/corpus')
     if not minutes > 0: raise ValueError(f'--minutes: given {minutes:g}; it must be above 0')
     try: folders = make_corpus(out, minutes, seed, n_jobs)
     except RuntimeError as e: sys.exit(f'{e}\nsome recordings failed; the others are complete, run the command again to retry')

@@ -18,6 +18,7 @@ from .config import RunConfig, command, load_config
 from .data.dataset import CodesDataset
 from .files import atomic_path
 from .fit import gap, listening_losses
+from .metrics import perplexity
 from .training.checkpoint import load_model
 
 # %% ../nbs/09_evaluation.ipynb #282ed109
@@ -27,7 +28,7 @@ def summarize(
     "Means per codebook, gaps with intervals, perplexity."
     ce = {k: v.mean(0).tolist() for k, v in losses.items()}
     return dict(windows=len(losses['true']), cross_entropy={k: float(np.mean(v)) for k, v in ce.items()}, per_codebook=ce,
-                perplexity=math.exp(np.mean(ce['true'])), uniform=math.log(2048),
+                perplexity=perplexity(np.mean(ce['true'])).item(), uniform=math.log(2048),
                 gap_shuffled=gap(losses, 'shuffled'), gap_null=gap(losses, 'null'))
 
 def report(

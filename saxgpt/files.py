@@ -61,6 +61,7 @@ def atomic_dir(
         os.replace(temporary, path)
         _sync(path.parent)
     finally:
+        if old.exists() and not path.exists(): os.replace(old, path)
         for p in (temporary, old): shutil.rmtree(p, ignore_errors=True)
 
 # %% ../nbs/10a_files.ipynb #9773e297
