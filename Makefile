@@ -29,6 +29,7 @@ sync: env
 	$(V)/nbdev_export
 	$(V)/python tests/readme.py
 	git diff --exit-code -- nbs saxgpt README.md
+	@test -z "$$(git status --porcelain -- nbs saxgpt README.md)" || { git status --short -- nbs saxgpt README.md; echo "make sync: commit these files"; exit 1; }
 
 notebooks: env
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(V):$$PATH" $(V)/nbdev_test --n_workers 2

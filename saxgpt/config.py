@@ -8,16 +8,16 @@ __all__ = ['ConfigError', 'Section', 'field', 'DataPaths', 'Intermediates', 'Dem
            'OptimizerConfig', 'TrainingConfig', 'RunConfig', 'type_name', 'rows', 'explain', 'parse', 'configs_dir',
            'weights_dir', 'config_path', 'override', 'load_config', 'to_dict', 'usage_errors', 'arguments', 'command']
 
-# %% ../nbs/10_config.ipynb #9dd25afd
-import difflib, inspect, sys, types
+# %% ../nbs/10_config.ipynb #1a6a5759
+import difflib, inspect, os, reprlib, sys, types
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 import yaml
 from fastcore.script import anno_parser
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 # %% ../nbs/10_config.ipynb #88fe1b7f
 class ConfigError(ValueError):
@@ -26,6 +26,11 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     "A frozen group of settings; unknown keys are errors."
     model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False, protected_namespaces=())
+    @field_validator('*', mode='before')
+    def _yes_is_no_number(cls, value, info):
+        tp = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (tp, *get_args(tp)): raise ValueError(f'given {value}; a yes or no has no meaning here')
+        return value
 
 def field(
     default, # value when the key is absent, `...` for none
@@ -43,8 +48,17 @@ class DataPaths(Section):
     metadata_path: str = field(..., 'CSV table of the chosen windows')
     clips_dir: str = field(..., 'the chosen windows, cut')
     aug_dir: str = field(..., 'their pitch- and tempo-shifted copies')
-    codes_dir: str = field(..., 'tokens of every clip')
+    codes_dir: str = field(..., 'codes of every clip')
     datasets_dir: str = field(..., 'train, val and test')
+    @model_validator(mode='after')
+    def _distinct(self):
+        seen = {}
+        for key, p in self:
+            if not p.strip(): raise ValueError(f'{key} is empty; give it a path')
+            other = seen.setdefault(os.path.abspath(p), key)
+            if other != key: raise ValueError(
+                f'{key} and {other} are both {p!r}; a stage would take the files of another for its own')
+        return self
 
 class Intermediates(Section):
     "Which intermediate outputs stay on the disk."
@@ -75,10 +89,10 @@ class WindowConfig(Section):
 class AugmentConfig(Section):
     "Copies of each clip at other pitches and tempi; the untouched clip always stays."
     sample_rate: Literal[32000] = field(32000, 'Hz')
-    semitone_steps: list[float] = field([-2, 2], 'pitch shifts, semitones')
-    tempo_ratios: list[float] = field([.9, 1.1], 'speeds, 1 is unchanged')
-    n_fft: int = field(4096, 'STFT size, samples', gt=0)
-    hop_length: int = field(512, 'STFT hop, samples', gt=0)
+    semitone_steps: list[Annotated[float, Field(ge=-24, le=24)]] = field([-2, 2], 'pitch shifts, semitones')
+    tempo_ratios: list[Annotated[float, Field(ge=.25, le=4)]] = field([.9, 1.1], 'speeds, 1 is unchanged')
+    n_fft: int = field(4096, 'STFT size, samples', ge=16, le=2**16)
+    hop_length: int = field(512, 'STFT hop, samples', ge=1, le=2**16)
 
 # %% ../nbs/10_config.ipynb #ad69592c
 class TokenizeConfig(Section):
@@ -125,17 +139,17 @@ class RunData(Section):
 
 class ModelConfig(Section):
     "The architecture: what has to agree for weights to fit."
-    vocab_size: int = field(2049, 'codes and the special token', ge=2)
-    num_codebooks: int = field(4, 'token streams', ge=1)
-    d_model: int = field(..., 'width', ge=2)
+    vocab_size: int = field(2049, 'codes and the special token', ge=2, le=2**17)
+    num_codebooks: int = field(4, 'token streams', ge=1, le=64)
+    d_model: int = field(..., 'width', ge=2, le=2**14)
     nhead: int = field(..., 'attention heads', ge=1)
-    num_encoder_layers: int = field(..., 'encoder depth', ge=1)
-    num_decoder_layers: int = field(..., 'decoder depth', ge=1)
-    dim_feedforward: int = field(..., 'width of the feed-forward layers', ge=1)
+    num_encoder_layers: int = field(..., 'encoder depth', ge=1, le=256)
+    num_decoder_layers: int = field(..., 'decoder depth', ge=1, le=256)
+    dim_feedforward: int = field(..., 'width of the feed-forward layers', ge=1, le=2**17)
     dropout: float = field(.1, 'dropout probability', ge=0, lt=1)
     activation: Literal['relu', 'gelu'] = field('relu', 'of the feed-forward layers')
     norm_first: bool = field(True, 'pre-norm (true) or post-norm')
-    max_seq_len: int = field(1505, 'longest sequence of delayed steps', ge=2)
+    max_seq_len: int = field(1505, 'longest sequence of delayed steps', ge=2, le=2**17)
     padding_idx: int = field(2048, 'the special token', ge=0)
     scale_embeddings: bool = field(True, 'multiply embeddings by the root of d_model')
     fusion: Literal['cross', 'aligned'] = field('cross', '`aligned` adds the backing of the same instant to the decoder input')
@@ -162,7 +176,7 @@ class OptimizerConfig(Section):
     type: Literal['adamw'] = field('adamw', 'optimiser')
     lr: float = field(3e-4, 'learning rate', gt=0)
     embedding_lr: float|None = field(None, 'another rate for the embeddings', gt=0)
-    betas: tuple[float, float] = field((.9, .98), 'decay of the two moments')
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = field((.9, .98), 'decay of the two moments')
     eps: float = field(1e-9, 'added to the denominator', gt=0)
     weight_decay: float = field(.01, 'decoupled weight decay', ge=0)
 
@@ -198,6 +212,7 @@ def type_name(
     tp # a type annotation
 )->str: # how a person would write it
     "`float`, `true or false`, `cosine | linear`, ..."
+    if get_origin(tp) is Annotated: return type_name(get_args(tp)[0])
     if get_origin(tp) is Literal: return ' | '.join(map(str, get_args(tp)))
     if get_origin(tp) in (Union, types.UnionType): return ' or '.join(type_name(a) for a in get_args(tp))
     if get_origin(tp) in (list, tuple): return 'list of ' + type_name(get_args(tp)[0])
@@ -239,8 +254,8 @@ def explain(
     if error['type'] == 'missing': return f"{key}: missing; give {type_name(section.model_fields[loc[-1]].annotation)}"
     if error['type'] == 'value_error': return f"{key or 'config'}: {error['ctx']['error']}"
     f = section.model_fields.get(loc[-1]) if loc and isinstance(loc[-1], str) else None
-    limit = error['msg'].removeprefix('Input ')
-    return f"{key}: given {given!r}; {limit}" + (f" ({type_name(f.annotation)}: {f.description})" if f else '')
+    limit = 'should be a section of keys' if error['type'] == 'model_type' else error['msg'].removeprefix('Input ')
+    return f"{key}: given {reprlib.repr(given)}; {limit}" + (f" ({type_name(f.annotation)}: {f.description})" if f else '')
 
 # %% ../nbs/10_config.ipynb #7ed14f3f
 def parse(
@@ -322,7 +337,7 @@ def usage_errors(
 ):
     "Turn expected errors into one line on stderr and exit status 2."
     try: yield
-    except (ConfigError, ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, *more) as e:
+    except (ValueError, OSError, *more) as e:
         said = str(e) if not isinstance(e, OSError) or not e.filename else f'{e.filename}: {e.strerror}'
         print(f'saxgpt: {said}', file=sys.stderr)
         raise SystemExit(2) from e

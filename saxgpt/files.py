@@ -23,7 +23,7 @@ os.umask(_umask)
 
 def _sync(path):
     "Push a file or a folder's entries to the disk, where the system can, with the rights a new file has (some libraries make private ones)."
-    if path.is_file(): path.chmod(0o666 & ~_umask)
+    if path.is_file() and path.stat().st_nlink == 1: path.chmod(0o666 & ~_umask)   # a linked file is somebody else's too
     try: fd = os.open(path, os.O_RDONLY)
     except OSError: return
     try: os.fsync(fd)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .attention import MultiHeadAttention, KVCache
-from .encoder import Layer, init_branch
+from .encoder import Layer, Stack, init_branch
 
 # %% ../../nbs/06d_decoder.ipynb #352ba754
 class DecoderLayer(Layer):
@@ -48,20 +48,10 @@ class DecoderCache:
         "Memory it takes"
         return sum(t.nbytes for c in self.own for t in (c.k, c.v)) + sum(t.nbytes for kv in self.cross for t in kv)
 
-# %% ../../nbs/06d_decoder.ipynb #72bd4b34
-class Decoder(nn.Module):
-    "A stack of layers and a last norm."
-    def __init__(self,
-        num_layers:int, # Layers
-        d_model:int, # Channels D
-        nhead:int, # Heads H
-        dim_feedforward:int, # Channels of the feed-forward branch
-        **kwargs, # dropout, activation, norm_first
-    ):
-        super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(d_model, nhead, dim_feedforward, n_branches=3*num_layers, **kwargs)
-                                    for _ in range(num_layers))
-        self.norm = nn.LayerNorm(d_model, bias=False)
+# %% ../../nbs/06d_decoder.ipynb #323cd64d
+class Decoder(Stack):
+    "What plays."
+    def __init__(self, *args, **kwargs): super().__init__(DecoderLayer, 3, *args, **kwargs)
 
     def forward(self,
         x:Tensor, # Embedded lead (B, S, D)

@@ -89,14 +89,18 @@ def verify(
     if not folder.is_dir(): raise CheckpointError(f'{folder}: there is no such checkpoint folder')
     try:
         hashes = json.loads((folder/'hashes.json').read_text())
+        if not isinstance(hashes, dict) or any(Path(name).name != name for name in hashes): raise ValueError
         for name in ['model.safetensors', 'config.json', *hashes]:
+            if not (folder/name).is_file(): raise FileNotFoundError(2, 'missing', name)
             if file_hash(folder/name) != hashes.get(name):
                 raise CheckpointError(f'{folder}: {name} is not what was saved; the checkpoint is torn or was changed, use another one')
         about = json.loads((folder/'config.json').read_text())
+        kinds = dict(format=int, config=dict, step=int, codec_name=str, codec_hash=str)
+        if not all(isinstance(about[k], t) for k,t in kinds.items()): raise ValueError
     except FileNotFoundError as e:
         raise CheckpointError(f'{folder}: {Path(e.filename).name} is missing; this is not a whole checkpoint') from None
-    except (ValueError, AttributeError) as e:
-        if isinstance(e, CheckpointError): raise
+    except CheckpointError: raise
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise CheckpointError(f'{folder}: its JSON files cannot be read; the checkpoint is torn, use another one') from None
     if about['format'] > FORMAT:
         raise CheckpointError(f'{folder}: format {about["format"]} is newer than this SaxGPT knows ({FORMAT}); update SaxGPT')
@@ -139,8 +143,12 @@ def export_weights(
     dtype:torch.dtype=torch.float16, # of the kept weights
 ):
     "Copy a checkpoint without the trainer's part."
-    model, about = load_model(checkpoint)
+    out, (model, about) = Path(out), load_model(checkpoint)
+    if out.exists() and not (out/'hashes.json').is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f'{out}: exists and is no checkpoint; name a new folder')
+    card = (out/'README.md').read_bytes() if (out/'README.md').is_file() else None
     save_checkpoint(out, model, parse(RunConfig, about['config']), about, dtype=dtype, step=about['step'], metrics=about['metrics'])
+    if card: (out/'README.md').write_bytes(card)
 
 # %% ../../nbs/07b_checkpoint.ipynb #f9dfe98a
 def link_checkpoint(
