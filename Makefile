@@ -59,6 +59,6 @@ weights: env
 	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 700 --seed 1
 	$(V)/saxgpt pipeline --config demo
 	$(V)/saxgpt train --config demo training.resume_from_checkpoint=models/short/weights \
-		training.max_steps=1500 training.batch_size=2 training.optimizer.lr=0.0006 training.scheduler.warmup_steps=50
+		training.max_steps=1500 training.batch_size=2 training.optimizer.lr=0.0006 training.scheduler.warmup_steps=50 training.val_interval=250
 	$(V)/python -m saxgpt.training.checkpoint models/demo/checkpoints/best saxgpt/weights/xsmall
 	$(V)/saxgpt evaluate --config demo --checkpoint saxgpt/weights/xsmall --windows 200

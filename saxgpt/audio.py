@@ -6,9 +6,10 @@
 __all__ = ['SAMPLE_RATE', 'PLAYABLE', 'AudioError', 'resample', 'plot_spectrogram', 'to_mono', 'read_audio', 'load_mono',
            'write_audio', 'loudness', 'normalize_loudness', 'mix', 'log_mel', 'player']
 
-# %% ../nbs/11_audio.ipynb #a0d564a8
-import io
+# %% ../nbs/11_audio.ipynb #57170097
+import io, math, os
 from pathlib import Path
+from types import SimpleNamespace
 
 import av, librosa, numpy as np, pyloudnorm, soundfile as sf, soxr
 import matplotlib.pyplot as plt
@@ -24,20 +25,34 @@ PLAYABLE = 'give a wav, flac, mp3, m4a, opus or webm file'
 class AudioError(ValueError):
     "A file or array that cannot be used as sound; the message names it and says what to do."
 
-# %% ../nbs/11_audio.ipynb #981c52f4
-def _decode_av(path):
-    "Samples (C,N), rate and promised seconds, by FFmpeg."
-    with av.open(str(path)) as c:
+# %% ../nbs/11_audio.ipynb #21dbd76a
+def _nameless(
+    f, # an open binary file
+): # its reading functions
+    "What a decoder needs of an open file, from the start, and no more."
+    f.seek(0)
+    return SimpleNamespace(read=f.read, readinto=f.readinto, seek=f.seek, tell=f.tell)
+
+# %% ../nbs/11_audio.ipynb #5fd01aa2
+def _decode_av(
+    f, # an open binary file
+    seconds:float=math.inf, # decode no more than about this
+)->tuple: # samples (C,N), rate in Hz, promised seconds
+    "Sound by FFmpeg."
+    with av.open(_nameless(f), options={'protocol_whitelist': 'none'}) as c:
         if not c.streams.audio: return np.zeros((1, 0), 'f4'), 0, 0.
-        st, out = c.streams.audio[0], []
+        st, out, n = c.streams.audio[0], [], 0
         to_float = av.AudioResampler(format='fltp')
         for packet in c.demux(st):
             try: frames = packet.decode()
             except av.error.FFmpegError: continue
-            for f in frames: out += [g.to_ndarray() for g in to_float.resample(f)]
+            out += [g.to_ndarray() for f in frames for g in to_float.resample(f)]
+            n += sum(f.samples for f in frames)
+            if n >= seconds*(st.rate or 1): break
         if out: out += [g.to_ndarray() for g in to_float.resample(None)]
-        seconds = (c.duration or 0)/av.time_base
-        return np.concatenate(out, 1) if out else np.zeros((1, 0), 'f4'), st.rate or 0, seconds
+        whole = 0 if c.streams.video else (c.duration or 0)/av.time_base
+        promised = float(st.duration*st.time_base) if st.duration else whole
+        return np.concatenate(out, 1) if out else np.zeros((1, 0), 'f4'), st.rate or 0, promised
 
 # %% ../nbs/11_audio.ipynb #6198bbe7
 def _missing_bytes(
@@ -59,31 +74,37 @@ def _missing_bytes(
             return max(0, whole - len(page))
     return 0
 
-# %% ../nbs/11_audio.ipynb #294d3a29
-def _decode(path):
-    "Samples (C,N) float32, rate, promised seconds."
-    with open(path, 'rb') as f: magic = f.read(4)
-    if magic in (b'RIFF', b'RF64', b'fLaC', b'OggS', b'FORM'):
+# %% ../nbs/11_audio.ipynb #b264256e
+def _decode(
+    f, # an open binary file
+    seconds:float=math.inf, # decode no more than about this
+)->tuple: # samples (C,N) float32, rate in Hz, promised seconds
+    "Sound by soundfile where it can, by FFmpeg otherwise."
+    if f.read(4) in (b'RIFF', b'RF64', b'fLaC', b'OggS', b'FORM'):
         try:
-            with sf.SoundFile(path) as f:
-                return f.read(dtype='float32', always_2d=True).T, f.samplerate, f.frames/max(f.samplerate, 1)
-        except sf.LibsndfileError: pass
-    return _decode_av(path)
+            with sf.SoundFile(_nameless(f)) as s:
+                if 0 < s.frames < 2**40 and s.samplerate > 0:
+                    n = math.ceil(min(s.frames, seconds*s.samplerate))
+                    return s.read(n, dtype='float32', always_2d=True).T, s.samplerate, s.frames/s.samplerate
+        except (sf.LibsndfileError, MemoryError): pass
+    return _decode_av(f, seconds)
 
 # %% ../nbs/11_audio.ipynb #b95baf48
 def _check(
     path, # for the message
     x:np.ndarray, # (C,N)
     sr:int, # Hz
-    seconds:float, # promised length, 0 if none
+    promised:float, # seconds, 0 if none
+    seconds:float=math.inf, # asked for
 )->np.ndarray: # `x`
     "The rule of acceptance; raises `AudioError`."
     if sr <= 0 or not x.shape[0]: raise AudioError(f'{path}: holds no audio that can be decoded; {PLAYABLE}')
     if not x.shape[1]: raise AudioError(f'{path}: holds no samples, its length is 0 s; record or export it again')
     if not np.isfinite(x).all(): raise AudioError(f'{path}: holds samples that are NaN or infinite; export it again')
     got = x.shape[1]/sr
-    if got < .98*seconds: raise AudioError(
-        f'{path}: damaged or truncated, only {got:.1f} of {seconds:.1f} s can be decoded; copy or download it again')
+    if got >= seconds: return x
+    if got < .98*promised: raise AudioError(
+        f'{path}: damaged or truncated, only {got:.1f} of {promised:.1f} s can be decoded; copy or download it again')
     if missing := _missing_bytes(path): raise AudioError(
         f'{path}: truncated, its last {missing} bytes are missing; copy or download it again')
     return x
@@ -121,25 +142,48 @@ def to_mono(
     "Mean of the channels."
     return x.mean(0, keepdims=True, dtype='f4')
 
+# %% ../nbs/11_audio.ipynb #4b56be20
+def _peak(x): return max(x.max(), -x.min())
+
+def _fit(
+    x:np.ndarray, # (C,N), finite
+    sr:int, # Hz
+    to:int, # wanted rate, Hz
+    mono:bool, # mix the channels down
+)->np.ndarray: # (C,M), within [-1,1]; M may be 0
+    "Mixing down, resampling and the scaling around them."
+    peak = max(np.float32(1), _peak(x))
+    if peak > 1: x = x/peak
+    x = resample(to_mono(x) if mono else x, sr, to)
+    if not x.size: return x
+    scale = min(peak, 1/max(_peak(x), np.float32(1e-30)))
+    return x if scale == 1 else x*scale
+
 # %% ../nbs/11_audio.ipynb #a892b1cc
 def read_audio(
     path, # any audio file
     sr:int=None, # wanted rate in Hz, None keeps the file's
     mono:bool=False, # mix the channels down
+    seconds:float=None, # only the start, and only that is decoded; None for all
 )->tuple: # x float32 (C,N) in [-1,1], rate in Hz
     "Read a sound; raises `AudioError` for anything that is not a complete, finite recording."
-    path = Path(path)
+    path, seconds = Path(path), math.inf if seconds is None else seconds
     if path.is_dir(): raise AudioError(f'{path}: is a folder; give an audio file')
     if not path.is_file(): raise AudioError(f'{path}: there is no such file; check the name')
     if not path.stat().st_size: raise AudioError(f'{path}: is empty (0 bytes); copy or download it again')
-    try: x, rate, seconds = _decode(path)
-    except (av.error.FFmpegError, OSError, ValueError, RuntimeError) as e:
-        raise AudioError(f'{path}: cannot be decoded ({type(e).__name__}); it is not audio, or damaged: {PLAYABLE}') from None
-    x = _check(path, x, rate, seconds).astype('f4', copy=False)
-    if mono: x = to_mono(x)
-    x = resample(x, rate, sr or rate)
-    return x/max(1., np.abs(x).max()), sr or rate
+    with open(path, 'rb') as f:
+        try: x, rate, promised = _decode(f, seconds)
+        except (av.error.FFmpegError, OSError, ValueError, RuntimeError, MemoryError) as e:
+            raise AudioError(f'{path}: cannot be decoded ({type(e).__name__}); it is not audio, or damaged: {PLAYABLE}') from None
+    x = _check(path, x, rate, promised, seconds)
+    if seconds < math.inf: x = x[:, :math.ceil(seconds*rate)]
+    try: x = _fit(x.astype('f4', copy=False), rate, sr or rate, mono)
+    except (ValueError, RuntimeError, MemoryError): x = x[:, :0]
+    if not x.size or not np.isfinite(x).all(): raise AudioError(
+        f'{path}: too short, or its rate of {rate} Hz is wrong: nothing is left at {sr or rate} Hz; export it again')
+    return x, sr or rate
 
+# %% ../nbs/11_audio.ipynb #b07ea862
 def load_mono(
     path, # any audio file
     sr:int=SAMPLE_RATE, # wanted rate, Hz
@@ -162,9 +206,12 @@ def write_audio(
         f'{path}: cannot write {path.suffix or "a file without a suffix"}; name it {", ".join(kinds)}')
     if not x.size or not np.isfinite(x).all(): raise AudioError(f'{path}: not written, the sound is empty or holds NaN')
     fmt, subtype = kinds[path.suffix.lower()]
-    if subtype == 'OPUS': x, sr = resample(x, sr, 48_000), 48_000
-    if (peak := np.abs(x).max()) > 1: x = x/peak
-    with atomic_path(path) as p: sf.write(p, x.T, sr, format=fmt, subtype=subtype)
+    to = 48_000 if subtype == 'OPUS' else sr
+    x = _fit(x, sr, to, mono=False)
+    try:
+        with atomic_path(path) as p: sf.write(os.fsencode(p) if os.name == 'posix' else p, x.T, to, format=fmt, subtype=subtype)
+    except (sf.LibsndfileError, AssertionError): # the latter when fewer samples were written than given
+        raise AudioError(f'{path}: cannot be written; is the folder writable and the disk not full?') from None
     return path
 
 # %% ../nbs/11_audio.ipynb #af7c495d
@@ -174,7 +221,7 @@ def loudness(
 )->float: # LUFS, -inf for silence
     "Integrated loudness (ITU-R BS.1770); a sound below 0.4 s is one block."
     if not x.size or not np.any(x): return -np.inf
-    meter = pyloudnorm.Meter(sr, block_size=min(.4, x.shape[1]/sr))
+    meter = pyloudnorm.Meter(sr, block_size=min(.4, (x.shape[1] - .5)/sr))
     with np.errstate(divide='ignore', invalid='ignore'): l = meter.integrated_loudness(x[:5].T.astype('f8'))
     return float(l) if np.isfinite(l) else -np.inf
 

@@ -245,12 +245,16 @@ class MelCodec(Codec):
 def save(self:MelCodec,
     folder, # written whole or not at all
 ):
-    "Write `codec.safetensors` and `codec.json`."
+    "Write `codec.safetensors` and `codec.json`; raises `CodecError` where something else lies."
+    folder = Path(folder)
+    if folder.exists() and not (folder/'codec.json').is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CodecError(f'{folder}: exists and holds no codec, and would be replaced with all that is in it; name another folder')
     with atomic_dir(folder) as d:
         write_tensors(d/'codec.safetensors', dict(books=self.books.half()))
         told = dict(codec=self.name, hash=self.hash, settings=asdict(self.settings), card=self.card)
         (d/'codec.json').write_text(json.dumps(told, indent=1) + '\n')
 
+# %% ../nbs/04a_codec.ipynb #26e5a6ff
 @patch(cls_method=True)
 def load(cls:MelCodec,
     folder, # as written by `save`
@@ -258,9 +262,10 @@ def load(cls:MelCodec,
     "Read it back; raises `CodecError` when it is absent or damaged."
     folder = Path(folder)
     try: told = json.loads((folder/'codec.json').read_text())
-    except (OSError, ValueError): raise CodecError(f'{folder}: holds no codec (codec.json is absent or damaged)') from None
+    except (OSError, ValueError, RecursionError): raise CodecError(f'{folder}: holds no codec (codec.json is absent or damaged)') from None
     try: codec = cls(read_tensors(folder/'codec.safetensors')[0]['books'], MelSettings(**told['settings']), told.get('card'))
-    except (OSError, ValueError, KeyError, TypeError) as e: raise CodecError(f'{folder}: the codec is damaged; fetch or fit it again ({e})') from None
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as e:
+        raise CodecError(f'{folder}: the codec is damaged; fetch or fit it again ({(str(e) or type(e).__name__).splitlines()[0]})') from None
     if codec.hash != told.get('hash'): raise CodecError(f'{folder}: the codec is damaged: its books do not fit its codec.json; fetch or fit it again')
     return codec
 

@@ -54,6 +54,8 @@ def evaluate(
     device:str='cpu', # or 'cuda'
 )->dict: # the results
     "Evaluate a checkpoint on the test set."
+    if windows < 1: raise ValueError(f'--windows: given {windows}; at least 1')
+    if device == 'cuda' and not torch.cuda.is_available(): raise ValueError('--cuda: torch sees no CUDA device here; leave it out to work on the CPU')
     model, info = load_model(checkpoint, device)
     path = cfg.data.test_path or cfg.data.val_path
     if not path: raise ValueError('data.test_path: missing; evaluation needs a test or validation set')

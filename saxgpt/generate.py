@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BACKING_LUFS', 'one_thread', 'lean', 'generate_codes', 'improvise', 'pitch_track', 'draw_chords', 'plot_solo',
-           'out_paths', 'read_backing', 'steps_bar', 'write_solo', 'play', 'report', 'main']
+           'out_paths', 'read_backing', 'read_truth', 'steps_bar', 'write_solo', 'play', 'report', 'main']
 
-# %% ../nbs/08_generation.ipynb #b800c84c
-import json, math, os, sys, time
+# %% ../nbs/08_generation.ipynb #252c5503
+import json, math, os, sys, time, warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fastcore.script import Param
 from torch import Tensor
 from tqdm import tqdm
 
-from .audio import SAMPLE_RATE, load_mono, mix as mix_audio, normalize_loudness, plot_spectrogram, resample, write_audio
+from .audio import SAMPLE_RATE, mix as mix_audio, normalize_loudness, plot_spectrogram, read_audio, resample, write_audio
 from .codec import check_codec, load_codec
 from .config import ModelConfig, command
 from .demo import demo_backing
@@ -142,7 +142,7 @@ def plot_solo(
     axs[0].set(ylim=(lo-.5, hi+.5), xlim=(0, until), ylabel='pitch', yticks=octaves,
                yticklabels=[librosa.midi_to_note(m, unicode=False) for m in octaves])
     if chords and len(heard): title += f' ({chord_tone_share(times, midi, chords):.0%} of it on chord tones)'
-    axs[0].set_title(title, loc='left', pad=22 if chords else 8)
+    axs[0].set_title(title, loc='left', pad=22 if chords else 8, parse_math=False)
     for ax, x, name in zip(axs[1:], (solo, backing), ('solo', 'backing')):
         plot_spectrogram(x, ax=ax, fmax=6000)
         ax.set(ylabel=f'{name}, Hz')
@@ -177,12 +177,21 @@ def read_backing(
 ) -> tuple: # Path, sound (1, N) at 32 kHz, what is known about it (a dict, maybe empty)
     "The sound of a backing and, for music of the demo corpus, its chords."
     path, truth = demo_backing() if str(backing) == 'demo' else (Path(backing), {})
-    x = load_mono(path)
-    if not truth and path.stem == 'backing' and (path.parent/'truth.json').is_file():
-        truth = json.loads((path.parent/'truth.json').read_text())
-    had, x = x.shape[1]/SAMPLE_RATE, x[:, :int(seconds*SAMPLE_RATE)]
-    if had > seconds + .05 and not str(backing) == 'demo': print(f'{path}: only the first {seconds:g} of its {had:.1f} s are used')
+    x = read_audio(path, SAMPLE_RATE, mono=True, seconds=seconds + 1)[0]
+    if not truth and path.stem == 'backing': truth = read_truth(path.with_name('truth.json'))
+    longer, x = x.shape[1] > (seconds + .05)*SAMPLE_RATE, x[:, :int(seconds*SAMPLE_RATE)]
+    if longer and not str(backing) == 'demo': print(f'{path}: the first {seconds:g} s are used')
     return path, x, truth
+
+def read_truth(
+    path, # A truth.json of the demo corpus, maybe
+) -> dict: # Empty if it is none
+    "What is known about a recording of the demo corpus."
+    try:
+        truth = json.loads(Path(path).read_text(encoding='utf-8'))
+        for c in truth['chords']: float(c['start']), float(c['end']), str(c['name']), [int(t) for t in c['tones']]
+        return truth
+    except (OSError, ValueError, TypeError, KeyError): return {}
 
 # %% ../nbs/08_generation.ipynb #f7095673
 @contextmanager
@@ -207,13 +216,14 @@ def write_solo(
     name:str, # For the title of the picture
 ):
     "Write a solo, alone and with its backing, and its picture."
-    for p in paths: p.parent.mkdir(parents=True, exist_ok=True)
     solo, backing = normalize_loudness(solo), normalize_loudness(backing)
     write_audio(paths[0], solo)
     write_audio(paths[1], mix_audio(solo, backing))
     if truth: name += f': {truth.get("form", "")} in {truth.get("key", "")}, {truth.get("bpm", 0):.0f} bpm'
-    fig = plot_solo(solo, backing, truth.get('chords', ()), f'SaxGPT over {name}')
-    with atomic_path(paths[2]) as p: fig.savefig(p, dpi=110)
+    with warnings.catch_warnings():                                # letters that the font lacks, sounds shorter than a window
+        warnings.simplefilter('ignore')
+        fig = plot_solo(solo, backing, truth.get('chords', ()), f'SaxGPT over {name}')
+        with atomic_path(paths[2]) as p: fig.savefig(p, dpi=110)
     plt.close(fig)
 
 # %% ../nbs/08_generation.ipynb #068534d8
@@ -225,20 +235,25 @@ def play(
     checkpoint='bundled', # Folder of a checkpoint, or 'bundled'
     seed:int=0, # Of the first solo; the next has the next
     n:int=1, # Solos
-    seconds:float=30., # At most so much of the backing
+    seconds:float=None, # At most so much of the backing; None: as much as the model can
+    codec=None, # Name or folder of the codec; None: the one that the checkpoint names
     **settings, # temperature, top_k, top_p, guidance of `generate_codes`
 ) -> list: # (solo, mix, plot) paths for each solo
     "Play solos over a recording and write them, mixed and pictured too."
     check_settings(**settings)
     paths = out_paths(out, mix, plot, n)
-    if not seconds > 0: raise ValueError(f'seconds must be above 0, not {seconds:g}')
-    src, x, truth = read_backing(backing, seconds)
-    if src.resolve() in {p.resolve() for row in paths for p in row}: raise ValueError(f'{src}: is the backing; give the solo another name')
+    if not 0 <= seed < 2**63 - n: raise ValueError(f'seed must be between 0 and 2**63, not {seed}')
+    if seconds is not None and not 0 < seconds < math.inf: raise ValueError(f'seconds must be above 0, not {seconds:g}')
     model, about = load_model(checkpoint, 'cuda' if torch.cuda.is_available() else 'cpu')
     longest = (model.cfg.max_seq_len - 1 - model.cfg.num_codebooks)/50
-    if seconds > longest: raise ValueError(f'seconds can be at most {longest:g} with this checkpoint, not {seconds:g}')
-    codec = load_codec(about['codec_name'], device=model.null.device)
+    if (seconds or 0) > longest: raise ValueError(f'seconds can be at most {longest:g} with this checkpoint, not {seconds:g}')
+    src, x, truth = read_backing(backing, seconds or longest)
+    if src.resolve() in {p.resolve() for row in paths for p in row}: raise ValueError(f'{src}: is the backing; give the solo another name')
+    codec = load_codec(codec or about['codec_name'], device=model.null.device)
     check_codec(codec.fingerprint(), about, f'checkpoint {checkpoint}')
+    for folder in {p.parent for row in paths for p in row}:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK): raise PermissionError(13, 'the folder is not writable', str(folder))
     with steps_bar(math.ceil(x.shape[1]/codec.hop) + codec.n_codebooks - 1) as progress:
         solos = improvise(model, codec, x, [seed + i for i in range(n)], progress=progress, **settings)
     for i, (row, solo) in enumerate(zip(paths, solos)): write_solo(row, solo[None], x, truth, f'{"the demo backing" if str(backing) == "demo" else src.name}, seed {seed + i}')
@@ -270,10 +285,11 @@ def main(
     guidance:float=1., # weight of the backing
     seed:int=0, # the same seed plays the same solo
     n:int=1, # number of solos
-    seconds:float=30., # at most so much of the backing
+    seconds:float=None, # at most so much of the backing; as much as the model can when absent
+    codec:str=None, # name or folder of the codec; the one that the checkpoint names when absent
 ):
     "Play a saxophone solo over a backing track."
     t0 = time.time()
-    paths = play(backing, output, mix, plot, checkpoint, seed, n, seconds,
+    paths = play(backing, output, mix, plot, checkpoint, seed, n, seconds, codec,
                  temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
     report(paths, time.time() - t0, seed + n)

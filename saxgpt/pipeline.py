@@ -73,11 +73,15 @@ def run_pipeline(cfg:DataConfig, device:str='cpu',
     if not only and not any(o.failed for o in outcomes): tidy(cfg)
     return outcomes
 
-# %% ../nbs/13_pipeline.ipynb #b9e12398
+# %% ../nbs/13_pipeline.ipynb #cdada3af
+def _is_name(s): # any value of a manifest
+    "Whether this is the plain name of a folder, without a way up or elsewhere"
+    return isinstance(s, str) and s not in ('', '.', '..') and Path(s).name == s
+
 def tidy(cfg:DataConfig):
     "Remove intermediate outputs that the configuration does not keep"
     p, keep = cfg.data_paths, cfg.intermediates
-    def listed(folder, key): return [Path(folder)/e[key] for e in read_jsonl(Path(folder)/'manifest.jsonl') if e.get(key)]
+    def listed(folder, key): return [Path(folder)/e[key] for e in read_jsonl(Path(folder)/'manifest.jsonl') if _is_name(e.get(key))]
     def clips(folder): return [f.parent for f in Path(folder).glob('*/clip.json')]
     going = []
     if not keep.keep_dl: going += [*listed(p.dl_dir, 'id'), Path(p.dl_dir)/'fetched']

@@ -30,7 +30,9 @@ def split_of(recording:str, # id of the recording
     u = int.from_bytes(sha256(f'{seed}:{recording}'.encode()).digest()[:8], 'big') / 2**64
     return 'test' if u < test else 'val' if u < test+val else 'train'
 
-# %% ../../nbs/05_dataset.ipynb #b1149a8f
+# %% ../../nbs/05_dataset.ipynb #b0a99ae6
+_BROKEN = ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError # what reading nonsense ends in
+
 def read_header(path)->tuple: # ({name: {dtype, shape, data_offsets}}, metadata, first byte of the data)
     "The header of a safetensors file, checked against the size of the file"
     path = Path(path)
@@ -40,10 +42,10 @@ def read_header(path)->tuple: # ({name: {dtype, shape, data_offsets}}, metadata,
             if not 0 < n <= path.stat().st_size-8: raise ValueError
             head = json.loads(f.read(n))
         meta = head.pop('__metadata__', {})
+        if not all(isinstance(v, str) for v in meta.values()): raise ValueError
         if 8+n+max((t['data_offsets'][1] for t in head.values()), default=0) != path.stat().st_size: raise ValueError
     except FileNotFoundError: raise DatasetError(f'{path}: no such file (the data pipeline makes it)') from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise DatasetError(f'{path}: damaged, or no safetensors file; make it again') from None
+    except _BROKEN: raise DatasetError(f'{path}: damaged, or no safetensors file; make it again') from None
     return head, meta, 8+n
 
 # %% ../../nbs/05_dataset.ipynb #5399ebcc
@@ -55,10 +57,13 @@ def map_tensors(path, # a safetensors file of integers
     head, meta, start = read_header(path)
     raw = np.asarray(np.memmap(path, np.uint8, mode))
     def view(t):
-        a, b = t['data_offsets']
-        if t['dtype'] not in _DTYPES: raise DatasetError(f'{path}: holds {t["dtype"]} numbers, expected one of {", ".join(_DTYPES)}')
-        return raw[start+a:start+b].view(_DTYPES[t['dtype']]).reshape(t['shape'])
-    return {k: view(t) for k,t in head.items()}, meta
+        (a, b), dtype, shape = t['data_offsets'], t['dtype'], t['shape']
+        if not 0 <= a <= b or any(n < 0 for n in shape): raise ValueError
+        if dtype not in _DTYPES: raise DatasetError(f'{path}: holds {dtype} numbers, expected one of {", ".join(_DTYPES)}')
+        return raw[start+a:start+b].view(_DTYPES[dtype]).reshape(shape)
+    try: return {k: view(t) for k,t in head.items()}, meta
+    except DatasetError: raise
+    except _BROKEN: raise DatasetError(f'{path}: damaged: its header does not fit its data; make it again') from None
 
 # %% ../../nbs/05_dataset.ipynb #9d0cd551
 def create_tensors(path, # the file to make
@@ -98,7 +103,7 @@ def scan_clips(paths, # files of the codes stage
     clips, failed = [], {}
     for p in paths:
         try: clips.append(read_clip(p, padding_idx))
-        except DatasetError as e: failed[p.stem] = str(e)
+        except (DatasetError, OSError) as e: failed[p.stem] = str(e)
     for c in clips:
         for what in ('codec_name', 'codec_hash'):
             if c[what] != clips[0][what]:
@@ -137,6 +142,16 @@ def dataset_path(path)->Path:
     "The dataset file that a configuration's `train.pt` (or `train.safetensors`) means"
     return Path(path).with_suffix('.safetensors')
 
+# %% ../../nbs/05_dataset.ipynb #8918fce0
+def _places(tensors, meta): # -> (offsets int64 (n+1), clips)
+    "Where the clips of a dataset lie and what they are; raises one of `_BROKEN` if that cannot be"
+    (b, l), offsets = [tensors[k] for k in ('backing', 'lead')], np.array(tensors['offsets'], np.int64)
+    clips = json.loads(meta['clips'])
+    if b.ndim != 2 or b.shape != l.shape or offsets.shape != (len(clips)+1,): raise ValueError
+    if offsets[0] < 0 or offsets[-1] > b.shape[1] or (offsets[1:] < offsets[:-1]).any(): raise ValueError
+    if not all(isinstance(c, dict) and isinstance(c.get('recording'), str) for c in clips): raise ValueError
+    return offsets, clips
+
 # %% ../../nbs/05_dataset.ipynb #904b1729
 class CodesDataset(Dataset):
     "Windows over the memory-mapped codes of one split"
@@ -147,10 +162,13 @@ class CodesDataset(Dataset):
         self.path = dataset_path(path)
         tensors, meta = map_tensors(self.path)
         try:
-            self.backing, self.lead, self.offsets = tensors['backing'], tensors['lead'], np.array(tensors['offsets'])
+            self.backing, self.lead, (self.offsets, self.clips) = tensors['backing'], tensors['lead'], _places(tensors, meta)
             least, self.seq_len, self.stride = int(meta['padding_idx']), seq_len or int(meta['seq_len']), stride or int(meta['stride'])
-            self.clips, self.fingerprint = json.loads(meta['clips']), {k: meta[k] for k in ('codec_name', 'codec_hash')}
+            self.fingerprint = {k: meta[k] for k in ('codec_name', 'codec_hash')}
         except KeyError as e: raise DatasetError(f'{self.path}: has no {e}; it is not a dataset of the pipeline') from None
+        except _BROKEN: raise DatasetError(f'{self.path}: damaged: offsets, clips or settings make no sense; make it again') from None
+        if min(self.seq_len, self.stride) < 1:
+            raise DatasetError(f'{self.path}: seq_len {self.seq_len} and stride {self.stride} have to be 1 or more')
         self.meta, self.padding_idx = meta, least if padding_idx is None else padding_idx
         if self.padding_idx < least:
             raise DatasetError(f'{self.path}: padding_idx {padding_idx} may be a code; this dataset needs at least {least}')
@@ -183,6 +201,8 @@ def recordings(self:CodesDataset, i:int)->str:
 # %% ../../nbs/05_dataset.ipynb #50f97e16
 @patch
 def _delayed(self:CodesDataset, codes): # (K, L or less) -> (K, S)
+    if codes.min() < 0 or codes.max() >= self.padding_idx:
+        raise DatasetError(f'{self.path}: holds codes {codes.min()}..{codes.max()}, allowed are 0..{self.padding_idx-1}; make it again')
     x = torch.full((len(codes), self.seq_len), self.padding_idx)
     x[:,:codes.shape[1]] = torch.from_numpy(codes.astype(np.int64))
     return delay(x, self.padding_idx)
@@ -236,10 +256,12 @@ class CodesLoader(DataLoader):
     def __iter__(self):
         self.sampler.set(self.sampler.epoch, self.sampler.position)
         epoch, done = self.sampler.epoch, self.sampler.position
-        for batch in super().__iter__():
-            done += len(batch['lead'])
-            self.sampler.epoch, self.sampler.position = epoch, done
-            yield batch
+        try:
+            for batch in super().__iter__():
+                done += len(batch['lead'])
+                self.sampler.epoch, self.sampler.position = epoch, done
+                yield batch
+        except DatasetError as e: raise DatasetError(str(e).strip().rpartition('DatasetError: ')[2]) from None # a worker's comes with its traceback
         self.sampler.set(epoch+1)
 
     def __len__(self):
@@ -289,7 +311,7 @@ def run(cfg:DataConfig, device='cpu')->dict: # done: files, failed: {clip: reaso
     out.mkdir(parents=True, exist_ok=True)
     for k,part in parts.items():
         path = out/f'{k}.safetensors'
-        try: done = map_tensors(path)[1].get('settings') == meta['settings']
+        try: done = CodesDataset(path).meta.get('settings') == meta['settings']
         except DatasetError: done = False
         if not done: write_split(path, part, meta, clips[0]['shape'][0])
     hours = {k: sum(c['length'] for c in p) / float(meta['frame_rate']) / 3600 for k,p in parts.items()}

@@ -26,9 +26,10 @@ class Recording:
 
 # %% ../../nbs/00_data_download.ipynb #bf0fe572
 def find_recordings(source, # a folder
-                    top=None)->list: # of `Recording`, in the order of their titles
+                    top=None, been=None)->list: # of `Recording`, in the order of their titles
     "All recordings of a folder and of the folders in it"
-    source = Path(source); top = Path(top or source)
+    source = Path(source); top, been = Path(top or source), set() if been is None else been
+    been.add(os.path.realpath(source))
     seen = sorted(p for p in source.iterdir() if not p.name.startswith('.'))
     audio = [p for p in seen if p.is_file() and p.suffix.lower() in AUDIO_SUFFIXES]
     stems = {p.stem.lower(): p for p in audio if p.stem.lower() != 'mix'}
@@ -38,14 +39,15 @@ def find_recordings(source, # a folder
         return [Recording(title, 'stems', tuple((k, stems[k]) for k in names))]
     out = [Recording(p.relative_to(top).as_posix(), 'mix', (('mix', p),)) for p in audio]
     for p in seen:
-        if p.is_dir(): out += find_recordings(p, top)
+        if p.is_dir() and os.path.realpath(p) not in been: out += find_recordings(p, top, been)
     return out
 
 # %% ../../nbs/00_data_download.ipynb #aad643d0
 class SourceError(ValueError): "A recording that cannot be used"
 
 def _link(src, dst):
-    "Hard link, or copy where that is not possible"
+    "Hard link to the file itself, not to a link that may dangle, or copy where that is not possible"
+    src = os.path.realpath(src)
     try: os.link(src, dst)
     except OSError: shutil.copyfile(src, dst)
 
