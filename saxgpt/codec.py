@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HALF', 'HUB_REPO', 'ENCODEC_32KHZ', 'AVERAGES', 'CodecError', 'CodecMismatch', 'Codec', 'check_wav', 'check_codes',
            'check_codec', 'MelSettings', 'mel_bands', 'magnitudes', 'log_mel_frames', 'nearest', 'quantize',
-           'dequantize', 'linear_spectra', 'peak_phases', 'griffin_lim', 'MelCodec', 'encodec_layers', 'to_encodec',
-           'in_chunks', 'at_lstm', 'EncodecCodec', 'from_folder', 'fetch', 'load_codec']
+           'dequantize', 'linear_spectra', 'peak_phases', 'griffin_lim', 'MelCodec', 'check_target', 'encodec_layers',
+           'to_encodec', 'in_chunks', 'at_lstm', 'EncodecCodec', 'from_folder', 'fetch', 'load_codec']
 
 # %% ../nbs/04a_codec.ipynb #926e6d74
 import json, math, re, warnings
@@ -240,15 +240,21 @@ class MelCodec(Codec):
     def unquantized(self, x): # (N,) -> (T*640,): there and back without the books
         return self.frames_to_sound(log_mel_frames(x, self.window, self.bands, self.settings.floor))
 
-# %% ../nbs/04a_codec.ipynb #c4e916ae
+# %% ../nbs/04a_codec.ipynb #b41b9b1b
+def check_target(
+    folder, # where a codec is to be saved
+):
+    "Raise `CodecError` where something else lies, which saving would replace."
+    folder = Path(folder)
+    if folder.exists() and not (folder/'codec.json').is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CodecError(f'{folder}: exists and holds no codec, and would be replaced with all that is in it; name another folder')
+
 @patch
 def save(self:MelCodec,
     folder, # written whole or not at all
 ):
-    "Write `codec.safetensors` and `codec.json`; raises `CodecError` where something else lies."
-    folder = Path(folder)
-    if folder.exists() and not (folder/'codec.json').is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CodecError(f'{folder}: exists and holds no codec, and would be replaced with all that is in it; name another folder')
+    "Write `codec.safetensors` and `codec.json`."
+    check_target(folder)
     with atomic_dir(folder) as d:
         write_tensors(d/'codec.safetensors', dict(books=self.books.half()))
         told = dict(codec=self.name, hash=self.hash, settings=asdict(self.settings), card=self.card)

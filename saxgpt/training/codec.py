@@ -14,7 +14,7 @@ import librosa, numpy as np, torch
 from tqdm.auto import tqdm
 
 from ..audio import load_mono, log_mel
-from ..codec import CodecError, MelCodec, MelSettings, log_mel_frames, nearest
+from ..codec import check_target, CodecError, log_mel_frames, MelCodec, MelSettings, nearest
 from ..config import command
 
 # %% ../../nbs/04b_codec_training.ipynb #f00c4a8f
@@ -161,6 +161,7 @@ def fit_mel_codec(
     progress:bool=True, # show bars
 )->MelCodec:
     "Fit, measure and save the bundled codec."
+    check_target(out)
     wavs = corpus_wavs(corpus)
     x = training_frames(wavs, n_frames, settings, seed, progress)
     books, explained = fit_books(x, entries, rounds=rounds, seed=seed, progress=progress)
