@@ -1,5 +1,6 @@
 "The house: one notebook per module, imports point one way, outputs within budget, every command starts."
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from nbdev.process import NBProcessor
+from nbdev.processors import FilterDefaults
 
 from readme import readme
 from saxgpt.cli import commands
@@ -100,6 +103,17 @@ def test_notebook_is_fit_to_read(path):
 def test_every_notebook_is_in_the_sidebar():
     listed = re.findall(r'(\S+\.ipynb)', (root/'nbs/sidebar.yml').read_text())
     assert sorted(listed) == sorted([p.name for p in notebooks] + ['index.ipynb'])
+
+
+@pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
+def test_documentation_can_be_made(path):
+    "What the site shows: exported cells run, and each public definition gets its entry."
+    processor = NBProcessor(path, procs=FilterDefaults().procs())
+    processor.process()
+    shown = '\n'.join(source(c) + str(c.get('outputs', '')) for c in processor.nb.cells)
+    module = importlib.import_module('saxgpt.' + default_exp(path)[0])
+    missing = [n for n in module.__all__ if n.islower() and callable(getattr(module, n)) and n not in shown]
+    assert not missing, missing
 
 
 def test_quarto_config_is_one_file():
