@@ -8,6 +8,8 @@ __all__ = ['commands', 'usage', 'main']
 # %% ../nbs/15_cli.ipynb #160b0503
 import difflib, runpy, sys
 
+from . import __version__
+
 # %% ../nbs/15_cli.ipynb #cf172ab5
 commands = dict(
     generate='play a solo over a backing track',
@@ -29,12 +31,14 @@ def main(
     "Run a command by name; an unknown one is one line and exit status 2."
     name, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     if name in ('-h', '--help', 'help'): return print(usage())
+    if name == '--version': return print(f'saxgpt {__version__}')
     if name not in commands:
         near = difflib.get_close_matches(name, commands, 1)
         sys.exit(_fail(f'{name}: no such command; ' + (f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(commands))))
     sys.argv = [f'saxgpt {name}', *rest]
-    runpy.run_module(f'saxgpt.{name}', run_name='__main__', alter_sys=True)
+    try: runpy.run_module(f'saxgpt.{name}', run_name='__main__', alter_sys=True)
+    except KeyboardInterrupt: sys.exit(_fail('interrupted', 130))
 
-def _fail(text):
+def _fail(text, status=2):
     print(f'saxgpt: {text}', file=sys.stderr)
-    return 2
+    return status

@@ -371,7 +371,9 @@ def command(
 
 def _run(func, short, frame):
     if frame.f_globals.get('__name__') != '__main__' or '__file__' not in frame.f_globals: return func
-    args = {k: v for k, v in vars(arguments(func, short=short).parse_intermixed_args()).items() if k not in ('pdb', 'xtra')}
+    name = getattr(frame.f_globals.get('__spec__'), 'name', None) or Path(frame.f_globals['__file__']).name
+    prog = name.replace('.', ' ') if name.count('.') == 1 else f'python -m {name}'
+    args = {k: v for k, v in vars(arguments(func, prog, short).parse_intermixed_args()).items() if k not in ('pdb', 'xtra')}
     with usage_errors():
         try: func(**args)
         except KeyboardInterrupt:

@@ -267,9 +267,9 @@ def report(
 ): # prints
     "Where the solos are and how to go on."
     for solo, both, picture in paths: print(f'solo     {solo}\nmix      {both}\npicture  {picture}')
-    here = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else 'python'
-    print(f'Done in {took:.0f} s. Another solo: --seed {seed}, or several: --n 3. Closer to the backing: --guidance 3.')
-    print(f'Over your own recording, any format:  {here} -m saxgpt.generate my-backing.mp3 -o my-solo.wav')
+    print(f'Done in {took:.0f} s. Other solos: --seed {seed}, several at once: --n 3, more weight on the backing: --guidance 3.')
+    here = f'{os.path.relpath(sys.executable)} -m saxgpt.generate' if Path(sys.executable).is_relative_to(Path.cwd()) else 'saxgpt generate'
+    print(f'Over your own recording, any format:  {here} my-track.mp3 -o out/my-solo.wav')
 
 # %% ../nbs/08_generation.ipynb #d05d9965
 @command(output='-o')

@@ -60,7 +60,7 @@ def run(cfg:DataConfig, device='cpu',
     "Copies of every clip in `clips_dir`, in `aug_dir`; none when the configuration has no `augmentation`"
     clips = sorted(p.parent for p in Path(cfg.data_paths.clips_dir).glob('*/clip.json')) if cfg.augmentation else []
     work, copies, failed = partial(augment_clip, aug_dir=cfg.data_paths.aug_dir, a=cfg.augmentation), {}, {}
-    for clip,r in map_parallel(work, clips, n_jobs, 'augment' if progress else None):
+    for clip,r in map_parallel(work, clips, n_jobs, 'augment' if progress and clips else None):
         if isinstance(r, Exception): failed[clip.name] = str(r) or type(r).__name__
         else: copies.update(r)
     out = Path(cfg.data_paths.aug_dir)

@@ -243,8 +243,8 @@ class ResumableSampler(Sampler):
         "Take up a saved position; it must be of the same windows in the same order"
         for k in ('n', 'seed'):
             if state[k] != getattr(self, k):
-                raise DatasetError(f'the saved position is for {k}={state[k]}, this run has {k}={getattr(self, k)}: '
-                                   'the data or the seed changed, start a new run')
+                raise DatasetError(f'the saved position is for {dict(n="windows", seed="seed")[k]} {state[k]}, this run has {getattr(self, k)}: '
+                                   'the data or the seed changed; give the new run another training.output_dir')
         self.set(state['epoch'], state['position']//self.world_size)
 
 # %% ../../nbs/05_dataset.ipynb #23d3f101

@@ -106,7 +106,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.half is torch.float16)
         self.step = self.skipped = self.stop = self.since = self.frames = 0
         self.running = torch.zeros(cfg.model.num_codebooks, device=world.device)
-        self.best, self.val, self.val_due, self.last_loss = math.inf, None, False, math.nan
+        self.best, self.val, self.val_due, self.last_loss = math.inf, None, False, None
         self.seconds, self.logged_at, self.started_at, self.saved_at = 0., 0., time.monotonic(), time.monotonic()
 
     def autocast(self): return torch.autocast(self.world.device.type, self.half) if self.half else nullcontext()
@@ -343,7 +343,7 @@ def after_step(self:Trainer,
 )->bool: # whether to stop
     "What is due after a step."
     t, s = self.cfg.training, self.loader.sampler
-    if self.step % t.log_interval == 0 and self.since: self.last_loss = self.log_train()
+    if (self.step % t.log_interval == 0 or self.step == self.total) and self.since: self.last_loss = self.log_train()
     epoch_end = s.position in (0, len(s))                        # the loader may have turned the page already
     self.val_due = self.step == self.total or (epoch_end if t.val_interval is None else self.step % t.val_interval == 0)
     stop = asked[0] or (self.world.size == 1 and self.stop)
@@ -375,10 +375,12 @@ def fit(self:Trainer)->int: # 0, or the signal that stopped the run
             for group in groups(self.loader, t.gradient_accumulation_steps):
                 stopped = self.after_step(self.train_step(group))
                 bar.update(self.step - bar.n)
-                bar.set_postfix(loss=f'{self.last_loss:.3f}', val=f'{self.val or math.nan:.3f}', refresh=False)
+                known = dict(loss=self.last_loss, val=self.val)
+                bar.set_postfix({k: f'{v:.3f}' for k,v in known.items() if v is not None}, refresh=False)
                 if stopped or self.step >= self.total: break
             else:
                 if self.epoch >= t.num_epochs: break
+    if self.val_loader is None: self.say('no validation set, or an empty one: nothing is validated and there is no checkpoint `best`; use `last`')
     how = f'stopped after step {self.step} of {self.total}; the same command goes on' if stopped else f'finished at step {self.step}'
     self.say(f'{how}; checkpoints and metrics.jsonl are in {self.out}')
     return self.stop or (signal.SIGTERM if stopped else 0)
