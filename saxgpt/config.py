@@ -6,7 +6,8 @@
 __all__ = ['ConfigError', 'Section', 'field', 'DataPaths', 'Intermediates', 'DemucsConfig', 'WindowConfig', 'AugmentConfig',
            'TokenizeConfig', 'SplitConfig', 'DatasetConfig', 'DataConfig', 'RunData', 'ModelConfig', 'SchedulerConfig',
            'OptimizerConfig', 'TrainingConfig', 'RunConfig', 'type_name', 'rows', 'explain', 'parse', 'configs_dir',
-           'weights_dir', 'config_path', 'override', 'load_config', 'to_dict', 'usage_errors', 'arguments', 'command']
+           'weights_dir', 'device_name', 'config_path', 'override', 'load_config', 'to_dict', 'usage_errors',
+           'arguments', 'command']
 
 # %% ../nbs/10_config.ipynb #1a6a5759
 import difflib, inspect, os, reprlib, sys, types
@@ -277,6 +278,15 @@ def configs_dir()->Path:
 def weights_dir()->Path:
     "Folder of the bundled weights."
     return Path(str(files('saxgpt')))/'weights'
+
+def device_name(
+    cuda:bool, # whether `--cuda` was given
+)->str: # 'cpu' or 'cuda'
+    "The device to work on; `ConfigError` if there is no GPU to be had."
+    if not cuda: return 'cpu'
+    import torch
+    if not torch.cuda.is_available(): raise ConfigError('--cuda: torch sees no CUDA device here; leave it out to work on the CPU')
+    return 'cuda'
 
 def config_path(
     kind:type[Section], # `DataConfig` or `RunConfig`

@@ -14,7 +14,7 @@ from fastcore.script import Param
 from tqdm.auto import tqdm
 
 from .codec import check_codec
-from .config import RunConfig, command, load_config
+from .config import RunConfig, command, device_name, load_config
 from .data.dataset import CodesDataset
 from .files import atomic_path
 from .fit import gap, listening_losses
@@ -55,7 +55,7 @@ def evaluate(
 )->dict: # the results
     "Evaluate a checkpoint on the test set."
     if windows < 1: raise ValueError(f'--windows: given {windows}; at least 1')
-    if device == 'cuda' and not torch.cuda.is_available(): raise ValueError('--cuda: torch sees no CUDA device here; leave it out to work on the CPU')
+    device_name(str(device).startswith('cuda'))                       # there is one, or say so
     model, info = load_model(checkpoint, device)
     path = cfg.data.test_path or cfg.data.val_path
     if not path: raise ValueError('data.test_path: missing; evaluation needs a test or validation set')

@@ -10,7 +10,7 @@ import importlib, inspect, os, shutil, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.script import Param
-from .config import ConfigError, DataConfig, command, load_config
+from .config import ConfigError, DataConfig, command, device_name, load_config
 from .files import read_jsonl
 
 # %% ../nbs/13_pipeline.ipynb #56e03ba1
@@ -92,14 +92,6 @@ def tidy(cfg:DataConfig):
     if not keep.keep_codes:
         for f in Path(p.codes_dir).glob('*.safetensors'): f.unlink()
 
-# %% ../nbs/13_pipeline.ipynb #d9e0966d
-def _device(cuda):
-    "'cuda' if asked for, and there"
-    if not cuda: return 'cpu'
-    import torch
-    if not torch.cuda.is_available(): raise ConfigError('--cuda: torch sees no CUDA device here; leave it out to work on the CPU')
-    return 'cuda'
-
 # %% ../nbs/13_pipeline.ipynb #9e2e0e1c
 @command
 def main(overrides:Param('settings to replace, as key=value', str, nargs='*', opt=False)=(),
@@ -111,7 +103,7 @@ def main(overrides:Param('settings to replace, as key=value', str, nargs='*', op
     "Recordings to datasets: run the data stages, going on where they stopped."
     if not config: raise ConfigError('--config: give a bundled name, such as demo, or the path of a YAML file')
     cfg, n_jobs, outcomes = load_config(DataConfig, config, overrides or ()), n_jobs or min(os.cpu_count() or 1, 8), []
-    try: run_pipeline(cfg, _device(cuda), only, n_jobs, not quiet, outcomes)
+    try: run_pipeline(cfg, device_name(cuda), only, n_jobs, not quiet, outcomes)
     finally:
         if outcomes: print(table(outcomes))
     bad = [f'saxgpt: {o.stage}: {k}: {why}' for o in outcomes for k,why in o.failed.items()]

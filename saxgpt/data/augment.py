@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['variants', 'shift', 'copy_id', 'augment_clip', 'run']
 
-# %% ../../nbs/03_augmentation.ipynb #c12c3c85
-import json, shutil
+# %% ../../nbs/03_augmentation.ipynb #1e158464
+import json
 from functools import partial
 from pathlib import Path
 import librosa, numpy as np
 from ..audio import read_audio, write_audio
 from ..config import AugmentConfig, DataConfig
-from ..files import atomic_dir, atomic_path, content_hash, map_parallel
+from ..files import atomic_dir, content_hash, map_parallel, prune, write_jsonl
 
 # %% ../../nbs/03_augmentation.ipynb #3d2751dc
 def variants(a:AugmentConfig)->dict: # name -> (semitones, speed)
@@ -49,12 +49,7 @@ def augment_clip(clip, # folder of a clip
         out[name] = info['duration_s']/speed
     return out
 
-# %% ../../nbs/03_augmentation.ipynb #7c9ede0d
-def _prune(aug_dir, keep):
-    "Remove copies that are not asked for"
-    for p in Path(aug_dir).glob('*/clip.json'):
-        if p.parent.name not in keep: shutil.rmtree(p.parent)
-
+# %% ../../nbs/03_augmentation.ipynb #827ae89f
 def run(cfg:DataConfig, device='cpu',
         n_jobs:int=1, progress:bool=False)->dict: # done: copies, failed: {clip: reason}, n_in: clips, hours
     "Copies of every clip in `clips_dir`, in `aug_dir`; none when the configuration has no `augmentation`"
@@ -64,7 +59,6 @@ def run(cfg:DataConfig, device='cpu',
         if isinstance(r, Exception): failed[clip.name] = str(r) or type(r).__name__
         else: copies.update(r)
     out = Path(cfg.data_paths.aug_dir)
-    _prune(out, set(copies))
-    if copies or out.is_dir():
-        with atomic_path(out/'manifest.jsonl') as p: p.write_text(''.join(json.dumps(dict(clip=c))+'\n' for c in sorted(copies)))
+    prune(out, set(copies))
+    if copies or out.is_dir(): write_jsonl(out/'manifest.jsonl', [dict(clip=c) for c in sorted(copies)])
     return dict(done=list(copies), failed=failed, n_in=len(clips), hours=sum(copies.values())/3600)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from ..audio import read_audio
 from ..config import ConfigError, DataConfig
-from ..files import atomic_dir, atomic_path, content_hash, map_parallel
+from ..files import atomic_dir, content_hash, map_parallel, write_jsonl
 
 # %% ../../nbs/00_data_download.ipynb #db4938b3
 AUDIO_SUFFIXES = {'.wav','.flac','.ogg','.oga','.opus','.mp3','.m4a','.mp4','.aac','.webm','.mka','.aif','.aiff','.wma'}
@@ -133,6 +133,6 @@ def run(cfg:DataConfig, device='cpu',
         if isinstance(r, Exception): failed[rec.title] = str(r) or type(r).__name__
         elif r['id'] in entries: dropped[rec.title] = f'the same audio as {entries[r["id"]]["title"]}'
         else: entries[r['id']] = r
-    with atomic_path(out/'manifest.jsonl') as p: p.write_text(''.join(json.dumps(entries[i])+'\n' for i in sorted(entries)))
+    write_jsonl(out/'manifest.jsonl', [entries[i] for i in sorted(entries)])
     return dict(done=sorted(entries), failed=failed, dropped=dropped, n_in=n_in,
                 hours=sum(e['duration_s'] for e in entries.values())/3600)

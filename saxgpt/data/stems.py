@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from ..audio import SAMPLE_RATE, loudness, read_audio, resample, to_mono, write_audio
 from ..config import DataConfig
-from ..files import atomic_dir, atomic_path, content_hash, map_parallel, read_jsonl
+from ..files import atomic_dir, content_hash, map_parallel, read_jsonl, write_jsonl
 
 # %% ../../nbs/01_stem_separation.ipynb #df79785a
 def shared_gain(lead, backing, # (1, N) each
@@ -89,5 +89,5 @@ def run(cfg:DataConfig, device='cpu', separator=None, # any object with `separat
     for e,r in map_parallel(partial(separate, cfg=cfg, separator=separator), entries, n_jobs, 'stems' if progress else None):
         if isinstance(r, Exception): failed[e['title']] = str(r) or type(r).__name__
         else: infos.append(r)
-    with atomic_path(Path(cfg.data_paths.stems_dir)/'manifest.jsonl') as p: p.write_text(''.join(json.dumps(i)+'\n' for i in infos))
+    write_jsonl(Path(cfg.data_paths.stems_dir)/'manifest.jsonl', infos)
     return dict(done=[i['recording'] for i in infos], failed=failed, n_in=len(entries), hours=sum(i['duration_s'] for i in infos)/3600)

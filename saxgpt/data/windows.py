@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'rms_frames', 'runs', 'frame_sizes', 'find_windows', 'clip_id', 'cut_clip', 'windows_of', 'run']
 
-# %% ../../nbs/02_windows.ipynb #dcb68557
-import csv, json, shutil
+# %% ../../nbs/02_windows.ipynb #18a5bebe
+import csv, json
 from functools import partial
 from pathlib import Path
 import numpy as np, soundfile as sf
 from ..audio import write_audio
 from ..config import DataConfig, WindowConfig
-from ..files import atomic_dir, atomic_path, content_hash, map_parallel, read_jsonl
+from ..files import atomic_dir, atomic_path, content_hash, map_parallel, prune, read_jsonl
 
 # %% ../../nbs/02_windows.ipynb #474fb23d
 def rms_frames(blocks, # iterable of 1-d arrays, the track from beginning to end
@@ -86,12 +86,7 @@ def windows_of(info:dict, # a line of the stems' manifest
         cut_clip(stems, cfg.data_paths.clips_dir, rows[-1])
     return rows
 
-# %% ../../nbs/02_windows.ipynb #2124d87e
-def _prune(clips_dir, keep):
-    "Remove clips that the table does not name"
-    for p in Path(clips_dir).glob('*/clip.json'):
-        if p.parent.name not in keep: shutil.rmtree(p.parent)
-
+# %% ../../nbs/02_windows.ipynb #d9322e2f
 def run(cfg:DataConfig, device='cpu',
         n_jobs:int=1, progress:bool=False)->dict: # done: clips, failed and dropped: {title: reason}, n_in: recordings, hours
     "Windows of all stems: the table at `metadata_path` and the clips in `clips_dir`"
@@ -104,6 +99,6 @@ def run(cfg:DataConfig, device='cpu',
     with atomic_path(cfg.data_paths.metadata_path) as p, open(p, 'w', newline='') as f:
         table = csv.DictWriter(f, COLUMNS, lineterminator='\n'); table.writeheader()
         table.writerows({k: round(r[k], 6) if k.startswith('rms') else r[k] for k in COLUMNS} for r in rows)
-    _prune(cfg.data_paths.clips_dir, {r['clip'] for r in rows})
+    prune(cfg.data_paths.clips_dir, {r['clip'] for r in rows})
     return dict(done=[r['clip'] for r in rows], failed=failed, dropped=dropped, n_in=len(infos),
                 hours=sum(r['duration_s'] for r in rows)/3600)
