@@ -153,6 +153,7 @@ class ModelConfig(Section):
     max_seq_len: int = field(1505, 'longest sequence of delayed steps', ge=2, le=2**17)
     padding_idx: int = field(2048, 'the special token', ge=0)
     scale_embeddings: bool = field(True, 'multiply embeddings by the root of d_model')
+    positions: Literal['sinusoidal', 'rotary'] = field('sinusoidal', 'how steps are told apart: added to the input, or turned into queries and keys')
     fusion: Literal['cross', 'aligned'] = field('cross', '`aligned` adds the backing of the same instant to the decoder input')
     condition_dropout: float = field(.1, 'share of training items that hear no backing', ge=0, lt=1)
 
@@ -160,6 +161,8 @@ class ModelConfig(Section):
     def _fits(self):
         if self.d_model % self.nhead: raise ValueError(f'd_model {self.d_model} is not divisible by nhead {self.nhead}')
         if self.d_model % 2: raise ValueError(f'd_model {self.d_model} must be even: positions are pairs of sine and cosine')
+        if self.positions == 'rotary' and self.d_model//self.nhead % 2: raise ValueError(
+            f'd_model/nhead = {self.d_model//self.nhead} must be even with rotary positions, which turn pairs of channels')
         if self.padding_idx != self.vocab_size - 1: raise ValueError(
             f'padding_idx {self.padding_idx} must be vocab_size - 1 = {self.vocab_size - 1}: the special token follows the codes')
         return self

@@ -18,7 +18,7 @@ class DecoderLayer(Layer):
     "Look back, listen to the backing, then think about each step."
     def __init__(self, d_model, nhead, *args, n_branches=3, **kwargs):
         super().__init__(d_model, nhead, *args, n_branches=n_branches, **kwargs)
-        self.cross_attn = MultiHeadAttention(d_model, nhead)
+        self.cross_attn = MultiHeadAttention(d_model, nhead, turn=self.self_attn.turn)
         init_branch(self.cross_attn, self.cross_attn.out, n_branches)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d_model, bias=False) for _ in range(3))
 
@@ -27,11 +27,11 @@ class DecoderLayer(Layer):
         kv:tuple, # Keys and values of the memory
         mask:Tensor=None, # bool, True where the memory is not padding, broadcast to (B, H, S, S of memory)
         cache:KVCache=None, # Past of this layer; None: `x` is the whole sequence
-        start:int=0, # Step of the first of `x`
+        start:int=0, # Step of the first of `x`; a tensor (1,) for a single, recorded step
     ) -> Tensor: # (B, S, D)
         "One layer of the decoder."
         x = self.join(x, self.norm1, lambda h: self.self_attn(h, causal=True, cache=cache, start=start))
-        x = self.join(x, self.norm2, lambda h: self.cross_attn(h, kv=kv, mask=mask))
+        x = self.join(x, self.norm2, lambda h: self.cross_attn(h, kv=kv, mask=mask, start=start))
         return self.join(x, self.norm3, self.ff)
 
 # %% ../../nbs/06d_decoder.ipynb #6502cf0f
@@ -80,7 +80,7 @@ def start(self:Decoder,
 def step(self:Decoder,
     x:Tensor, # Embedded lead from step `start` on (B, n, D)
     cache:DecoderCache, # From `start`
-    start:int, # Step of the first of `x`
+    start:int, # Step of the first of `x`; a tensor (1,) for a single, recorded step
 ) -> Tensor: # (B, n, D)
     "The next `n` steps."
     for layer, own, kv in zip(self.layers, cache.own, cache.cross): x = layer(x, kv, cache.mask, own, start)

@@ -40,10 +40,10 @@ class FeedForward(nn.Module):
 # %% ../../nbs/06c_encoder.ipynb #fa4c064c
 class Layer(nn.Module):
     "What encoder and decoder layers share: how a branch joins the stream."
-    def __init__(self, d_model, nhead, dim_feedforward, dropout=.1, activation='relu', norm_first=True, n_branches=2):
+    def __init__(self, d_model, nhead, dim_feedforward, dropout=.1, activation='relu', norm_first=True, turn=None, n_branches=2):
         super().__init__()
         self.norm_first, self.drop = norm_first, nn.Dropout(dropout)
-        self.self_attn = MultiHeadAttention(d_model, nhead)
+        self.self_attn = MultiHeadAttention(d_model, nhead, turn=turn)
         self.ff = FeedForward(d_model, dim_feedforward, dropout, activation)
         init_branch(self.self_attn, self.self_attn.out, n_branches)
         init_branch(self.ff, self.ff.down, n_branches)
@@ -77,7 +77,7 @@ class Stack(nn.Module):
         d_model:int, # Channels D
         nhead:int, # Heads H
         dim_feedforward:int, # Channels of the feed-forward branch
-        **kwargs, # dropout, activation, norm_first
+        **kwargs, # dropout, activation, norm_first, turn (rotary positions)
     ):
         super().__init__()
         self.layers = nn.ModuleList(layer(d_model, nhead, dim_feedforward, n_branches=branches*num_layers, **kwargs)

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from ..config import ModelConfig
 from ..metrics import codebook_cross_entropy
-from .codebooks import CodebookEmbedding, CodebookHeads, Positions
+from .codebooks import CodebookEmbedding, CodebookHeads, Positions, Rotary, places
 from .decoder import Decoder, DecoderCache
 from .encoder import Encoder
 
@@ -46,9 +46,10 @@ class SaxGPT(nn.Module):
         super().__init__()
         self.cfg, D = cfg, cfg.d_model
         sizes = dict(d_model=D, nhead=cfg.nhead, dim_feedforward=cfg.dim_feedforward, dropout=cfg.dropout,
-                     activation=cfg.activation, norm_first=cfg.norm_first)
+                     activation=cfg.activation, norm_first=cfg.norm_first, turn=None)
+        if cfg.positions == 'rotary': sizes['turn'] = Rotary(cfg.max_seq_len, D//cfg.nhead)
         self.embed = CodebookEmbedding(cfg.num_codebooks, cfg.vocab_size, D, cfg.scale_embeddings)
-        self.places, self.drop = Positions(cfg.max_seq_len, D), nn.Dropout(cfg.dropout)
+        self.places, self.drop = Positions(cfg.max_seq_len, D) if cfg.positions == 'sinusoidal' else None, nn.Dropout(cfg.dropout)
         self.encoder, self.decoder = Encoder(cfg.num_encoder_layers, **sizes), Decoder(cfg.num_decoder_layers, **sizes)
         self.heads = CodebookHeads(D, cfg.num_codebooks, cfg.vocab_size - 1)
         self.null = nn.Parameter(torch.randn(D))
@@ -57,7 +58,8 @@ class SaxGPT(nn.Module):
 
     def steps(self, codes, start=0):
         "Vectors (B, S, D) of delayed codes (B, K, S) whose first step is `start`"
-        return self.drop(self.places(self.embed(codes), start))
+        x = self.embed(codes)
+        return self.drop(self.places(x, start) if self.places else x)
 
 # %% ../../nbs/06_model.ipynb #2001b4a0
 @patch
@@ -126,12 +128,12 @@ def start(self:SaxGPT,
 @patch
 def decode_step(self:SaxGPT,
     codes:Tensor, # Codes (B, K) of step `step`
-    step:int, # Which step they are
+    step:int, # Which step they are; a tensor (1,) for a recorded step
     cache:DecoderCache, # From `start`; keeps the steps before
 ) -> Tensor: # Logits (B, K, 2048) for step `step + 1`
     "Play on."
     x = self.steps(codes[..., None], step)
-    if cache.ahead is not None: x = x + cache.ahead[:, step:step+1]
+    if cache.ahead is not None: x = x + places(cache.ahead.transpose(0, 1), step, 1).transpose(0, 1)
     return self.heads(self.decoder.step(x, cache, step))[:, :, 0]
 
 # %% ../../nbs/06_model.ipynb #caad418d
