@@ -136,6 +136,28 @@ def decode_step(self:SaxGPT,
     if cache.ahead is not None: x = x + places(cache.ahead.transpose(0, 1), step, 1).transpose(0, 1)
     return self.heads(self.decoder.step(x, cache, step))[:, :, 0]
 
+@patch
+def prefill(self:SaxGPT,
+    codes:Tensor, # Delayed codes (B, K, n) of the first n steps
+    cache:DecoderCache, # From `start`
+) -> Tensor: # Logits (B, K, 2048) for step n
+    "Take in what has been played already, all at once."
+    x = self.steps(codes)
+    if cache.ahead is not None: x = x + cache.ahead[:, :x.shape[1]]
+    return self.heads(self.decoder.step(x, cache, 0)[:, -1:])[:, :, 0]
+
+@patch
+def restart(self:SaxGPT,
+    m:Memory, # What to listen to now, as long as before
+    cache:DecoderCache, # From `start`
+):
+    "Use a cache for another piece; its tensors stay where they are."
+    if m.mask is not None or cache.mask is not None: raise ValueError('a cache can serve another piece only where nothing is padded')
+    new = self.start(m, 0)
+    for old, kv in zip(cache.cross, new.cross):
+        for a, b in zip(old, kv): a.copy_(b)
+    if self.fuse: cache.ahead.copy_(new.ahead)
+
 # %% ../../nbs/06_model.ipynb #caad418d
 def next_step_loss(
     logits:Tensor, # From `SaxGPT` (B, K, S, 2048)
