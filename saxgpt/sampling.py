@@ -71,7 +71,7 @@ class Sampler:
         K:int=4, # Codebooks
     ):
         check_settings(temperature, top_k, top_p, K=K)
-        settings = list(zip(*(each(v, K, '') for v in (temperature, top_k, top_p))))
+        settings = list(zip(each(temperature, K, ''), map(int, each(top_k, K, '')), each(top_p, K, '')))
         self.groups = [(s, [k for k in range(K) if settings[k] == s]) for s in dict.fromkeys(settings)]
 
     def draw(self, logits, temperature, top_k, top_p, generators):
