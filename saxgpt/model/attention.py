@@ -20,10 +20,11 @@ def plain_attention(
     dropout:float=0., # Share of weights dropped
 ) -> Tensor: # (B, H, S, D/H)
     "Equation 1 of Vaswani et al., as it is written there."
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    if causal: scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2]), -math.inf)
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
+    if causal and q.shape[2] > 1: scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2]), -math.inf)
     if mask is not None: scores = scores.masked_fill(~mask, -math.inf)
-    return F.dropout(scores.softmax(-1), dropout) @ v
+    w = scores.softmax(-1)
+    return (F.dropout(w, dropout) if dropout else w) @ v
 
 # %% ../../nbs/06a_attention.ipynb #efc95594
 try: from flash_attn import flash_attn_func
@@ -32,6 +33,7 @@ except Exception: flash_attn_func = None     # not installed, or built for anoth
 # %% ../../nbs/06a_attention.ipynb #d0373ff4
 def backend(q, mask):
     "The fastest backend that can do this: 'flash', 'sdpa' or 'plain'."
+    if q.shape[2] == 1 and not q.is_cuda: return 'plain'      # one query: there is no square to avoid, and two products are the least work
     if flash_attn_func and mask is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256: return 'flash'
     return 'sdpa' if hasattr(F, 'scaled_dot_product_attention') else 'plain'
 
@@ -80,12 +82,14 @@ class MultiHeadAttention(nn.Module):
     ):
         super().__init__()
         if d_model % nhead: raise ValueError(f'd_model {d_model} must be a multiple of nhead {nhead}')
-        self.d_model, self.nhead, self.dropout, self.turn = d_model, nhead, dropout, turn
+        self.d_model, self.nhead, self.dropout, self.turn, self.lighter = d_model, nhead, dropout, turn, None
         self.qkv, self.out = nn.Linear(d_model, 3*d_model, bias=False), nn.Linear(d_model, d_model, bias=False)
 
     def split(self, x, n):
         "`n` tensors (B, H, S, D/H) of `x` (B, S, n*D)"
         return x.view(*x.shape[:2], n, self.nhead, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def query(self, x): return self.lighter(x) if self.lighter else F.linear(x, self.qkv.weight[:self.d_model])
 
     def project(self,
         memory:Tensor, # Sequence to look at (B, S, D)
@@ -105,12 +109,12 @@ def forward(self:MultiHeadAttention,
     start:int=0, # Step of the first of `x`; a tensor (1,) for a single, recorded step
 ) -> Tensor: # (B, S, D)
     "Who looks gets, head by head, the mean of the values, weighted by how query and key agree."
-    if kv is not None: (q,), (k, v) = self.split(F.linear(x, self.qkv.weight[:self.d_model]), 1), kv
+    if kv is not None: (q,), (k, v) = self.split(self.query(x), 1), kv
     else: q, k, v = self.split(self.qkv(x), 3)
     if self.turn: q, k = self.turn(q, start), k if kv is not None else self.turn(k, start)
     if cache is not None:
         k, v = cache.put(k, v, start)
         causal = x.shape[1] > 1
         if isinstance(start, Tensor): mask = (torch.arange(k.shape[2], device=x.device) <= start)[None]
-    y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.)
-    return self.out(y.transpose(1, 2).reshape(*x.shape))
+    y = attend(q.to(k.dtype), k, v, mask, causal, self.dropout if self.training else 0.)
+    return self.out(y.transpose(1, 2).reshape(*x.shape).to(x.dtype))

@@ -64,7 +64,7 @@ class Positions(nn.Module):
         start:int=0, # Place of the first step; a tensor (1,) for a single one
     ) -> Tensor: # (B, S, D)
         "`x` with its places marked."
-        return x + places(self.table, start, x.shape[1])
+        return x + places(self.table, start, x.shape[1]).to(x.dtype)
 
 # %% ../../nbs/06b_codebooks.ipynb #ab30d5c3
 class Rotary(nn.Module):

@@ -60,8 +60,14 @@ class Decoder(Stack):
     ) -> Tensor: # (B, S, D)
         "All steps of a known lead at once."
         if mask is not None: mask = mask[:, None, None]
-        for layer in self.layers: x = layer(x, layer.cross_attn.project(memory), mask)
+        x = x.to(self.dtype)
+        for layer in self.layers: x = layer(x, self.project(layer, memory), mask)
         return self.norm(x)
+
+    @property
+    def dtype(self): return self.norm.weight.dtype
+
+    def project(self, layer, memory): return tuple(t.to(self.dtype) for t in layer.cross_attn.project(memory))
 
 # %% ../../nbs/06d_decoder.ipynb #a0abe331
 @patch
@@ -72,8 +78,8 @@ def start(self:Decoder,
 ) -> DecoderCache:
     "Take room for `steps` steps and compute once what depends on the memory alone."
     (B, _, D), H = memory.shape, self.layers[0].self_attn.nhead
-    own = [KVCache(B, H, steps, D//H, memory.device, memory.dtype) for _ in self.layers]
-    cross = [tuple(t.contiguous() for t in l.cross_attn.project(memory)) for l in self.layers]
+    own = [KVCache(B, H, steps, D//H, memory.device, self.dtype if memory.is_cuda else memory.dtype) for _ in self.layers]
+    cross = [tuple(t.contiguous() for t in self.project(l, memory)) for l in self.layers]
     return DecoderCache(own, cross, None if mask is None else mask[:, None, None])
 
 @patch
@@ -83,5 +89,6 @@ def step(self:Decoder,
     start:int, # Step of the first of `x`; a tensor (1,) for a single, recorded step
 ) -> Tensor: # (B, n, D)
     "The next `n` steps."
+    x = x.to(self.dtype)
     for layer, own, kv in zip(self.layers, cache.own, cache.cross): x = layer(x, kv, cache.mask, own, start)
     return self.norm(x)

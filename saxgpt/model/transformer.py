@@ -9,6 +9,7 @@ __all__ = ['real_steps', 'Memory', 'SaxGPT', 'next_step_loss']
 import torch, torch.nn.functional as F
 from dataclasses import dataclass
 from fastcore.basics import patch
+from huggingface_hub import ModelHubMixin
 from torch import nn, Tensor
 from ..config import ModelConfig
 from ..metrics import codebook_cross_entropy
@@ -37,8 +38,8 @@ class Memory:
         "The memory of one item for `n` of them, without copying"
         return Memory(self.x.expand(n, -1, -1), None if self.mask is None else self.mask.expand(n, -1))
 
-# %% ../../nbs/06_model.ipynb #1c3b4dd5
-class SaxGPT(nn.Module):
+# %% ../../nbs/06_model.ipynb #67fdad9a
+class SaxGPT(nn.Module, ModelHubMixin, library_name='saxgpt', tags=['audio', 'music', 'saxophone'], license='apache-2.0'):
     "From the codes of a backing and of a lead so far to the logits of the lead's next step."
     def __init__(self,
         cfg:ModelConfig, # Architecture
