@@ -69,6 +69,12 @@ class Decoder(Stack):
 
     def project(self, layer, memory): return tuple(t.to(self.dtype) for t in layer.cross_attn.project(memory))
 
+    def kept(self, layer, memory):
+        "Keys and values of the memory as they are quickest to read step by step"
+        k, v = self.project(layer, memory)
+        by_channel = not v.is_cuda and v.dtype == torch.float32
+        return k.contiguous(), v.transpose(2, 3).contiguous().transpose(2, 3) if by_channel else v.contiguous()
+
 # %% ../../nbs/06d_decoder.ipynb #a0abe331
 @patch
 def start(self:Decoder,
@@ -79,7 +85,7 @@ def start(self:Decoder,
     "Take room for `steps` steps and compute once what depends on the memory alone."
     (B, _, D), H = memory.shape, self.layers[0].self_attn.nhead
     own = [KVCache(B, H, steps, D//H, memory.device, self.dtype if memory.is_cuda else memory.dtype) for _ in self.layers]
-    cross = [tuple(t.contiguous() for t in self.project(l, memory)) for l in self.layers]
+    cross = [self.kept(l, memory) for l in self.layers]
     return DecoderCache(own, cross, None if mask is None else mask[:, None, None])
 
 @patch

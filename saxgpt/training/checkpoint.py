@@ -18,6 +18,7 @@ from torch import nn
 from .. import __version__
 from ..config import RunConfig, command, parse, to_dict, weights_dir
 from ..files import atomic_dir, file_hash, read_tensors
+from ..model.decoding import laid_out
 from ..model.transformer import SaxGPT
 
 # %% ../../nbs/07b_checkpoint.ipynb #693ed551
@@ -139,7 +140,7 @@ def load_model(
     model = SaxGPT(parse(RunConfig, about['config'], str(folder/'config.json')).model)
     load_weights(model, folder)
     model.about = about
-    return model.float().to(device).eval(), about
+    return laid_out(model.float().to(device).eval()), about
 
 def load_trainer_state(
     folder, # a verified checkpoint
