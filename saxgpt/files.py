@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FULL', 'WriteError', 'atomic_path', 'atomic_dir', 'file_hash', 'content_hash', 'append_jsonl', 'read_jsonl',
-           'write_jsonl', 'prune', 'write_tensors', 'read_tensors', 'sweep', 'locked', 'Processes', 'map_parallel']
+           'write_text', 'write_jsonl', 'is_name', 'read_table', 'read_manifest', 'prune', 'write_tensors',
+           'read_tensors', 'sweep', 'locked', 'Processes', 'map_parallel']
 
-# %% ../nbs/10a_files.ipynb #c2e47e0b
-import errno, hashlib, json, multiprocessing as mp, os, re, shutil, signal, sys, threading
+# %% ../nbs/10a_files.ipynb #969a8b6b
+import csv, errno, hashlib, json, multiprocessing as mp, os, re, shutil, signal, sys, threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -130,15 +131,52 @@ def read_jsonl(
         except ValueError: pass
     return out
 
-# %% ../nbs/10a_files.ipynb #ea37ed0b
+# %% ../nbs/10a_files.ipynb #e0a2d9f4
+def write_text(
+    path, # replaced
+    text:str, # line ends as they are
+):
+    "Write a text, whole or not at all; a file that says the same already stays as it is."
+    path, data = Path(path), text.encode()
+    if path.is_file() and path.read_bytes() == data: return
+    with atomic_path(path) as p: p.write_bytes(data)
+
 def write_jsonl(
     path, # the manifest; replaced
     objs, # anything JSON can hold
 ):
-    "Write objects as lines, whole or not at all; a file that says the same already stays as it is."
-    path, text = Path(path), ''.join(json.dumps(o) + '\n' for o in objs)
-    if path.is_file() and path.read_bytes() == text.encode(): return
-    with atomic_path(path) as p: p.write_text(text)
+    "Write objects as lines, see `write_text`."
+    write_text(path, ''.join(json.dumps(o) + '\n' for o in objs))
+
+def is_name(
+    s, # any value of a manifest
+)->bool:
+    "Whether this is the plain name of a file or folder, without a way up or elsewhere."
+    return isinstance(s, str) and s not in ('', '.', '..') and not set(s) & set('/\\\0') and Path(s).name == s
+
+def read_table(
+    path, # a CSV file
+    *names, # columns that hold names of files or folders
+)->list: # of dicts, one for each row
+    "Read a table; ValueError when a name in it is none."
+    with open(path, newline='') as f: rows = list(csv.DictReader(f))
+    for n, r in enumerate(rows, 2):
+        for key in names:
+            if not is_name(r.get(key)): raise ValueError(f'{path}: line {n} has no {key} that the stage before would write; run that stage again')
+    return rows
+
+def read_manifest(
+    path, # the manifest of a stage; an absent one is empty
+    **kinds # what every line holds: key=type, or key=function that says whether a value will do
+)->list: # its lines
+    "Read a manifest; ValueError when a line is not what its stage writes."
+    lines = read_jsonl(path)
+    for n, e in enumerate(lines, 1):
+        for key, kind in kinds.items():
+            v = e.get(key) if isinstance(e, dict) else None
+            if not (isinstance(v, kind) if isinstance(kind, (type, tuple)) else kind(v)):
+                raise ValueError(f'{path}: line {n} has no {key} that the stage before would write; run that stage again')
+    return lines
 
 def prune(
     folder, # of item folders

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.script import Param
 from .config import ConfigError, DataConfig, command, device_name, load_config, to_dict
-from .files import WriteError, atomic_path, content_hash, file_hash, locked, read_jsonl, sweep
+from .files import WriteError, atomic_path, content_hash, file_hash, is_name, locked, read_jsonl, sweep
 
 # %% ../nbs/13_pipeline.ipynb #56e03ba1
 STAGES = 'download', 'stems', 'windows', 'augment', 'codes', 'dataset'
@@ -123,7 +123,7 @@ def _missing(cfg, failed): # recordings that stems need and that tidying removed
     "Forget the recordings among `failed` whose files are gone, so that they are fetched again; whether there are any"
     gone, dl = False, Path(cfg.data_paths.dl_dir)
     for e in read_jsonl(dl/'manifest.jsonl'):
-        if e['title'] in failed and _is_name(e.get('id')) and not all((dl/e['id']/f).is_file() for f in e['files'].values()):
+        if e['title'] in failed and is_name(e.get('id')) and not all((dl/e['id']/f).is_file() for f in e['files'].values()):
             shutil.rmtree(dl/e['id'], ignore_errors=True)
             gone = True
     return gone
@@ -152,16 +152,12 @@ def run_pipeline(cfg:DataConfig, device:str='cpu',
         if not only and not any(o.failed for o in outcomes if o.stage != 'download'): tidy(cfg)
     return outcomes
 
-# %% ../nbs/13_pipeline.ipynb #cdada3af
-def _is_name(s): # any value of a manifest
-    "Whether this is the plain name of a folder, without a way up or elsewhere"
-    return isinstance(s, str) and s not in ('', '.', '..') and Path(s).name == s
-
+# %% ../nbs/13_pipeline.ipynb #b9e12398
 def tidy(cfg:DataConfig):
     "Remove intermediate outputs that the configuration does not keep, and note what the datasets were made from"
     p, keep = cfg.data_paths, cfg.intermediates
     if all(to_dict(keep).values()): return
-    def listed(folder, key): return [Path(folder)/e[key] for e in read_jsonl(Path(folder)/'manifest.jsonl') if _is_name(e.get(key))]
+    def listed(folder, key): return [Path(folder)/e[key] for e in read_jsonl(Path(folder)/'manifest.jsonl') if is_name(e.get(key))]
     def clips(folder): return [f.parent for f in Path(folder).glob('*/clip.json')]
     with atomic_path(Path(p.datasets_dir)/'tidied.json') as f: f.write_text(json.dumps(dict(origin=_origin(cfg), datasets=_sets(cfg))))
     going = []

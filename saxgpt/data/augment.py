@@ -6,14 +6,14 @@
 __all__ = ['spectra', 'vocode', 'overlap_add', 'variants', 'shifted', 'shift', 'copy_id', 'copies_of', 'read_clip', 'make_copy',
            'augment_clip', 'chosen_clips', 'run']
 
-# %% ../../nbs/03_augmentation.ipynb #fd41ef4a
-import csv, json, tempfile
+# %% ../../nbs/03_augmentation.ipynb #626b99d9
+import json, tempfile
 from functools import partial
 from pathlib import Path
 import librosa, numpy as np, soundfile as sf, soxr
 from ..audio import probe, write_stream
 from ..config import AugmentConfig, DataConfig
-from ..files import atomic_dir, content_hash, map_parallel, prune, write_jsonl
+from ..files import atomic_dir, content_hash, map_parallel, prune, read_table, write_jsonl
 
 # %% ../../nbs/03_augmentation.ipynb #f3c0acc6
 def spectra(read, # (start, stop) -> float32 (C, stop-start)
@@ -144,7 +144,7 @@ def augment_clip(clip, # folder of a clip
 def chosen_clips(p)->dict: # name -> seconds; `p` is `cfg.data_paths`
     "Clips of the table of windows; without a table, those in `clips_dir`"
     if Path(p.metadata_path).is_file():
-        with open(p.metadata_path, newline='') as f: return {r['clip']: float(r['duration_s']) for r in csv.DictReader(f)}
+        return {r['clip']: float(r['duration_s']) for r in read_table(p.metadata_path, 'clip')}
     return {f.parent.name: sf.info(f).duration for f in sorted(Path(p.clips_dir).glob('*/lead.wav')) if (f.parent/'clip.json').is_file()}
 
 def _work(name, clips_dir, aug_dir, a):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEPT', 'Track', 'open_clip', 'save_codes', 'tokenize', 'frames_done', 'grouped', 'Groups', 'chosen_clips', 'run']
 
-# %% ../../nbs/04_tokenization.ipynb #6393a5e7
-import csv, json
+# %% ../../nbs/04_tokenization.ipynb #729323a9
+import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import soundfile as sf, torch
 from ..audio import load_mono, probe
 from ..codec import Codec, load_codec
 from ..config import DataConfig
-from ..files import map_parallel, read_jsonl, read_tensors, write_jsonl, write_tensors
+from ..files import is_name, map_parallel, read_manifest, read_table, read_tensors, write_jsonl, write_tensors
 
 # %% ../../nbs/04_tokenization.ipynb #270b2ae6
 class Track:
@@ -147,9 +147,9 @@ def chosen_clips(
     def there(folder): return {f.parent.name for f in Path(folder).glob('*/clip.json')}
     clips, copies = there(p.clips_dir), there(p.aug_dir) if cfg.augmentation else set()
     if table.is_file():
-        with open(table, newline='') as f: clips = {r['clip'] for r in csv.DictReader(f)}
+        clips = {r['clip'] for r in read_table(table, 'clip')}
         told = Path(p.aug_dir)/'manifest.jsonl'
-        if cfg.augmentation and told.is_file(): copies = {e['clip'] for e in read_jsonl(told)}
+        if cfg.augmentation and told.is_file(): copies = {e['clip'] for e in read_manifest(told, clip=is_name)}
     return {c: Path(folder)/c for names, folder in ((clips, p.clips_dir), (copies, p.aug_dir)) for c in sorted(names)}
 
 def _seconds(clip):

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..audio import SAMPLE_RATE, LoudnessMeter, loudness, stream, to_mono, write_stream
 from ..config import ConfigError, DataConfig, DemucsConfig
-from ..files import WriteError, atomic_dir, content_hash, file_hash, map_parallel, read_jsonl, read_tensors, write_jsonl, write_tensors
+from ..files import WriteError, atomic_dir, content_hash, file_hash, is_name, map_parallel, read_manifest, read_tensors, write_jsonl, write_tensors
 
 # %% ../../nbs/01_stem_separation.ipynb #1aa109da
 def gain_to(level:float, # loudness, LUFS
@@ -452,7 +452,8 @@ def run(cfg:DataConfig, device='cpu', separator=None, # any object with `separat
         n_jobs=1, # processes for recordings that came as stems; an object as in `map_parallel` for all
         progress:bool=False)->dict: # done: ids, failed: {title: reason}, n_in, hours, made: hours that were worked on, notes
     "Stems of every recording in the manifest of `dl_dir`; writes `stems_dir/manifest.jsonl`"
-    out, entries = Path(cfg.data_paths.stems_dir), read_jsonl(Path(cfg.data_paths.dl_dir)/'manifest.jsonl')
+    out, files = Path(cfg.data_paths.stems_dir), lambda f: isinstance(f, dict) and all(map(is_name, f.values()))
+    entries = read_manifest(Path(cfg.data_paths.dl_dir)/'manifest.jsonl', id=is_name, files=files, title=str, kind=str, duration_s=(int, float))
     if not entries: raise StemError(f'{cfg.data_paths.dl_dir}: no manifest.jsonl with recordings; run the download stage first')
     if separator is None and any(e['kind'] != 'stems' for e in entries): separator = Demucs(cfg.demucs, device)
     keys = {e['id']: _made_by(e, cfg, separator) for e in entries}

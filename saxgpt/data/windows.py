@@ -6,14 +6,14 @@
 __all__ = ['COLUMNS', 'rms_frames', 'runs', 'frame_sizes', 'find_windows', 'WindowError', 'span', 'clip_id', 'cut_clip',
            'lead_rms', 'windows_of', 'run']
 
-# %% ../../nbs/02_windows.ipynb #18a5bebe
-import csv, json
+# %% ../../nbs/02_windows.ipynb #d6e52ad8
+import csv, io, json
 from functools import partial
 from pathlib import Path
 import numpy as np, soundfile as sf
 from ..audio import write_stream
 from ..config import DataConfig, WindowConfig
-from ..files import atomic_dir, atomic_path, content_hash, map_parallel, prune, read_jsonl
+from ..files import atomic_dir, content_hash, is_name, map_parallel, prune, read_manifest, write_text
 
 # %% ../../nbs/02_windows.ipynb #474fb23d
 def rms_frames(blocks, # iterable of 1-d arrays, the track from beginning to end
@@ -119,7 +119,8 @@ def windows_of(info:dict, # a line of the stems' manifest
 def run(cfg:DataConfig, device='cpu',
         n_jobs=1, progress:bool=False)->dict: # done: clips, failed and dropped: {title: reason}, n_in: recordings, hours, made
     "Windows of all stems: the table at `metadata_path` and the clips in `clips_dir`"
-    infos, rows, failed, dropped, made = read_jsonl(Path(cfg.data_paths.stems_dir)/'manifest.jsonl'), [], {}, {}, 0.
+    infos = read_manifest(Path(cfg.data_paths.stems_dir)/'manifest.jsonl', recording=is_name, title=str, settings=str)
+    rows, failed, dropped, made, text = [], {}, {}, 0., io.StringIO()
     if not infos: raise WindowError(f'{cfg.data_paths.stems_dir}: no manifest.jsonl with stems; run the stems stage first')
     why = f'no {cfg.rms_window.min_window_size_seconds:g} s with a lead RMS of {cfg.rms_window.rms_threshold:g} or more'
     for i,r in map_parallel(partial(windows_of, cfg=cfg), infos, n_jobs, 'windows' if progress else None, lambda i: i.get('duration_s', 0)):
@@ -128,9 +129,10 @@ def run(cfg:DataConfig, device='cpu',
         elif not r[0]: dropped[name] = why
         else: rows, made = rows+r[0], made+r[1]
     rows.sort(key=lambda r: (r['recording'], r['start']))
-    with atomic_path(cfg.data_paths.metadata_path) as p, open(p, 'w', newline='') as f:
-        table = csv.DictWriter(f, COLUMNS, lineterminator='\n'); table.writeheader()
-        table.writerows({k: round(r[k], 6) if k.startswith('rms') else r[k] for k in COLUMNS} for r in rows)
+    table = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+    table.writeheader()
+    table.writerows({k: round(r[k], 6) if k.startswith('rms') else r[k] for k in COLUMNS} for r in rows)
+    write_text(cfg.data_paths.metadata_path, text.getvalue())
     prune(cfg.data_paths.clips_dir, {r['clip'] for r in rows})
     return dict(done=[r['clip'] for r in rows], failed=failed, dropped=dropped, n_in=len(infos),
                 hours=sum(r['duration_s'] for r in rows)/3600, made=made/3600)
