@@ -156,8 +156,9 @@ def run(cfg:DataConfig, device='cpu',
         n_jobs=1, progress:bool=False)->dict: # done: copies, failed: {clip: reason}, n_in: clips, hours, made
     "Copies of every clip in `clips_dir`, in `aug_dir`; none when the configuration has no `augmentation`"
     p, a, copies, failed, made = cfg.data_paths, cfg.augmentation, {}, {}, 0.
-    clips, out = chosen_clips(p) if a else {}, Path(p.aug_dir)
-    if a and not clips: raise ValueError(f'{p.clips_dir}: holds no clips; run the windows stage first')
+    asked, out = bool(a and variants(a)), Path(p.aug_dir)
+    clips = chosen_clips(p) if asked else {}
+    if asked and not clips: raise ValueError(f'{p.clips_dir}: holds no clips; run the windows stage first')
     work = partial(_work, clips_dir=p.clips_dir, aug_dir=p.aug_dir, a=a)
     for clip,r in map_parallel(work, sorted(clips), n_jobs, 'augment' if progress and clips else None, clips.get):
         mine = copies_of(clip, clips[clip], a)
@@ -165,4 +166,4 @@ def run(cfg:DataConfig, device='cpu',
         else: copies, made = copies|mine, made+sum(mine.values())*bool(r)
     prune(out, set(copies))
     if copies or out.is_dir(): write_jsonl(out/'manifest.jsonl', [dict(clip=c) for c in sorted(copies)])
-    return dict(done=sorted(copies), failed=failed, n_in=len(clips), hours=sum(copies.values())/3600, made=made/3600)
+    return dict(done=sorted(copies), failed=failed, n_in=len(clips), hours=sum(copies.values())/3600, made=made/3600, skipped=not asked)

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from .. import __version__
 from ..config import DataConfig
-from ..files import atomic_path, content_hash, file_hash, map_parallel, read_jsonl
+from ..files import atomic_path, content_hash, file_hash, is_name, map_parallel, read_jsonl, read_manifest
 from ..patterns import delay
 
 # %% ../../nbs/05_dataset.ipynb #c4f6e32b
@@ -321,9 +321,11 @@ def _bleed(infos): # lines of the stems' manifest
     return dict(recordings=len(known), median_db=round(float(np.median([b for b,_ in known])), 2),
                 worst=[dict(recording=r, bleed_db=b) for b,r in known[::-1][:5]])
 
+def _lines(folder): return [e for e in read_jsonl(Path(folder)/'manifest.jsonl') if isinstance(e, dict)]
+
 def _recordings(sets, p):
     "Who is in which split, with what the manifests say about them"
-    told, out = {e.get('id'): e for e in read_jsonl(Path(p.dl_dir)/'manifest.jsonl')}, {}
+    told, out = {e.get('id'): e for e in _lines(p.dl_dir)}, {}
     for k,d in sets.items():
         for c,T in zip(d.clips, np.diff(d.offsets)):
             e = told.get(c['recording'], {})
@@ -346,14 +348,16 @@ def datasheet(cfg:DataConfig,
     splits = {k: dict(hours=round(int(d.offsets[-1])/float(meta['frame_rate'])/3600, 4), recordings=len({c['recording'] for c in d.clips}),
                       clips=sum(not c.get('augmentation') for c in d.clips), copies=sum(bool(c.get('augmentation')) for c in d.clips), windows=len(d),
                       file=d.path.name, bytes=d.path.stat().st_size, sha256=file_hash(d.path), made_from=d.meta['settings']) for k,d in sets.items()}
-    bleed = _bleed(read_jsonl(Path(cfg.data_paths.stems_dir)/'manifest.jsonl'))
+    used = {r['recording'] for r in recordings}
+    bleed = _bleed([i for i in _lines(cfg.data_paths.stems_dir) if i.get('recording') in used])
     return dict(saxgpt=__version__, codec=codec, splits=splits, left_out=left_out, bleed=bleed, settings=settings_of(cfg), codes=codes, recordings=recordings)
 
 def _table(head, rows): return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in [head, ['---']*len(head), *rows])
 
 def as_markdown(d:dict)->str: # a datasheet
     "The datasheet for people"
-    titles = {r['recording']: r.get('title', r['recording']).replace('|', '/') for r in d['recordings']}
+    def shown(t): return ''.join(c if c.isprintable() else ' ' for c in str(t)).replace('|', '/')
+    titles = {r['recording']: shown(r.get('title', r['recording'])) for r in d['recordings']}
     keys = 'hours', 'recordings', 'clips', 'copies', 'windows'
     c = d['codec']
     parts = ['# Datasheet', f'Made with SaxGPT {d["saxgpt"]}; codec {c["name"]} ({c["hash"]}), {c["codebooks"]} codebooks at {c["frame_rate"]:g} frames a second.',
@@ -381,7 +385,7 @@ def _chosen(codes_dir):
     "Code files that the manifest of the codes stage names, and the names of the others; without a manifest all are chosen"
     files, manifest = sorted(Path(codes_dir).glob('*.safetensors')), Path(codes_dir)/'manifest.jsonl'
     if not manifest.is_file(): return files, []
-    names = sorted({e['clip'] for e in read_jsonl(manifest)})
+    names = sorted({e['clip'] for e in read_manifest(manifest, clip=is_name)})
     return [Path(codes_dir)/f'{n}.safetensors' for n in names], [f.stem for f in files if f.stem not in names]
 
 def _replace(path, text):
@@ -406,10 +410,10 @@ def run(cfg:DataConfig, device='cpu',
     (files, stale), out, s = _chosen(cfg.data_paths.codes_dir), Path(cfg.data_paths.datasets_dir), cfg.train_test_split
     clips, failed = scan_clips(files, cfg.dataset.padding_idx, 'dataset' if progress else None)
     if not clips: raise DatasetError(f'{cfg.data_paths.codes_dir}: no usable code files; run the codes stage first')
-    dropped, parts = dict.fromkeys(stale, 'codes of a clip that is no longer chosen'), {k: [] for k in SPLITS}
+    held, parts = 0, {k: [] for k in SPLITS}
     for c in clips:
         k = split_of(c['recording'], s.seed, s.test, s.val)
-        if k != 'train' and c.get('augmentation'): dropped[c['clip']] = 'a copy, and val and test hold clips as they were played'
+        if k != 'train' and c.get('augmentation'): held += 1
         else: parts[k].append(c)
     out.mkdir(parents=True, exist_ok=True)
     sheet, paths, made = out/'datasheet.json', {k: out/f'{k}.safetensors' for k in SPLITS}, []
@@ -419,14 +423,18 @@ def run(cfg:DataConfig, device='cpu',
         if is_done(paths[k], meta, known.get(k)): continue
         write_split(paths[k], part, meta, clips[0]['shape'][0])
         made += part
-    d = datasheet(cfg, paths, dict(sorted(Counter(dropped.values()).items())))
+    left_out = {'damaged': len(failed), 'copies of recordings in val and test, which hold clips as they were played': held}
+    d = datasheet(cfg, paths, {k: n for k,n in left_out.items() if n})
     _replace(sheet, json.dumps(d, indent=1) + '\n')
     _replace(out/'datasheet.md', as_markdown(d))
     def said(k, x): # about a split
         if parts[k]: return f'{k}: {x["hours"]:.2f} h, {x["clips"]+x["copies"]} clips of {x["recordings"]} recordings'
         if k != 'train' and not getattr(s, k): return f'{k} is empty: as train_test_split says'
         return f'{k} is empty: no recording falls into it; add recordings or try another train_test_split.seed'
-    notes = [said(k, x) for k,x in d['splits'].items()]
+    notes = [said(k, x) for k,x in d['splits'].items() if parts[k] or k != 'train']
+    notes += [f'{n} clips left out: {k}' for k,n in d['left_out'].items()]
+    if stale: notes.append(f'{len(stale)} code files of clips that are no longer chosen stay where they are')
+    if not parts['train']: failed['train'] = said('train', {}).partition(': ')[2]
     def hours(cs): return sum(c['length'] for c in cs)/d['codec']['frame_rate']/3600
-    return dict(done=[str(p) for p in paths.values()], failed=failed, dropped=dropped, n_in=len(files)+len(stale), notes=notes,
+    return dict(done=[c['clip'] for part in parts.values() for c in part], failed=failed, n_in=len(files), notes=notes,
                 hours=sum(map(hours, parts.values())), made=hours(made))

@@ -6,8 +6,8 @@
 __all__ = ['AUDIO_SUFFIXES', 'LONGEST', 'Recording', 'find_recordings', 'SourceError', 'ingest', 'addresses', 'item_key',
            'options', 'wait', 'Archive', 'Web', 'run']
 
-# %% ../../nbs/00_data_download.ipynb #de982466
-import io, itertools, json, os, re, shutil, time
+# %% ../../nbs/00_data_download.ipynb #5d655130
+import io, itertools, json, os, re, shutil, socket, time
 from collections import deque
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -146,7 +146,7 @@ def options(cfg:DownloadConfig)->dict: # parameters of `YoutubeDL`
     "A download configuration in yt-dlp's words"
     o = dict(format='bestaudio/best', fixup='never', cachedir=False, updatetime=False, skip_unavailable_fragments=False,
              quiet=True, noprogress=True, color='never', socket_timeout=cfg.timeout_s)
-    o |= dict.fromkeys(('retries', 'fragment_retries', 'extractor_retries'), cfg.retries)
+    o |= dict(retries=cfg.retries, fragment_retries=cfg.retries, extractor_retries=min(1, cfg.retries))     # extraction is repeated by `Web.retry`
     if cfg.rate_limit: o['ratelimit'] = cfg.rate_limit
     if cfg.cookies: o['cookiefile'] = _cookies(cfg.cookies)
     if cfg.cookies_from_browser: o['cookiesfrombrowser'] = _browser(cfg.cookies_from_browser)
@@ -162,10 +162,10 @@ def _causes(e):
     seen, todo = [], [e]
     while todo:
         e = todo.pop()
-        if e is None or any(e is s for s in seen): continue
+        if not isinstance(e, BaseException) or any(e is s for s in seen): continue
         seen.append(e)
-        todo += [e.__context__, e.__cause__, getattr(e, 'cause', None), (getattr(e, 'exc_info', None) or (None, None))[1]]
-    return [s for s in seen if isinstance(s, BaseException)]
+        todo += [e.__context__, e.__cause__, getattr(e, 'cause', None), getattr(e, 'reason', None), (getattr(e, 'exc_info', None) or (None, None))[1]]
+    return seen
 
 def _asked(headers):
     "Seconds by the header `Retry-After`: a number, or a date"
@@ -185,6 +185,7 @@ def wait(e:Exception, n:int, # what failed, and how often before
         if not isinstance(c, HTTPError): continue
         passes = c.status in (408, 425, 429) or c.status >= 500 or fetching and c.status == 403
         return max(pause, s) if passes and (s := _asked(c.response.headers)) <= LONGEST else None
+    if any(isinstance(c, socket.gaierror) for c in causes) and n: return None     # no such server, or no network
     return pause if any(isinstance(c, TransportError) and not isinstance(c, CertificateVerifyError) for c in causes) else None
 
 # %% ../../nbs/00_data_download.ipynb #a9657fad

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FRAME', 'BLOCK', 'gain_to', 'shared_gain', 'StemError', 'lead_and_backing', 'frame_powers', 'bleed_db', 'load_demucs',
            'Track', 'survey', 'Demucs', 'chunks', 'apart', 'added_up', 'take_apart', 'regular', 'pairs_of_mix',
-           'pairs_of_stems', 'Measures', 'write_pair', 'separate', 'run']
+           'pairs_of_stems', 'Measures', 'write_pair', 'separator_name', 'separate', 'run']
 
 # %% ../../nbs/01_stem_separation.ipynb #9df4673b
 import hashlib, io, json, os, random, shutil, warnings, zlib
@@ -98,13 +98,13 @@ def _member(path):
 
 # %% ../../nbs/01_stem_separation.ipynb #ee0fdf59
 def _hub(model):
-    "A published model, from the cache or the hub"
-    from demucs import pretrained
-    from huggingface_hub.utils import logging
+    "A published model, from the cache or the hub: as safetensors, which run nothing"
+    from demucs.hf import get_hf_model
+    from huggingface_hub.utils import RepositoryNotFoundError, logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()                                              # it tells of every attempt
-    try: return pretrained.get_model(model)
-    except pretrained.ModelLoadingError:
+    try: return get_hf_model(model).eval()
+    except RepositoryNotFoundError:
         raise ConfigError(f'demucs.model: Demucs has no model {model!r}; htdemucs_6s is the usual one') from None
     except (Exception, SystemExit) as e:
         raise StemError(f'the model {model} is not in the cache and cannot be fetched ({type(e).__name__}); '
@@ -301,7 +301,11 @@ def take_apart(path, # of a mix
             _save(spans[-1][0], pair[0] if cfg.backing == 'residual' else np.concatenate(pair), start, stop)
             made += (stop-start)/sr
         if tick: tick((stop-start)/sr)
-    return lambda: ((start, _saved(p, start, stop)) for p,start,stop in spans), sr, gain, made
+    def parts():
+        for p,start,stop in spans:
+            if (x := _saved(p, start, stop)) is None: raise StemError(f'{p}: was damaged after it was made; try again')
+            yield start, x
+    return parts, sr, gain, made
 
 # %% ../../nbs/01_stem_separation.ipynb #2233d1bc
 BLOCK = 30*SAMPLE_RATE # samples
@@ -379,14 +383,14 @@ def write_pair(pairs, # iterable of lead, backing: (1, n) at 32 kHz
     raw.unlink()
     return m
 
-# %% ../../nbs/01_stem_separation.ipynb #79a23449
-def _name(separator): return getattr(separator, 'name', type(separator).__name__)
+# %% ../../nbs/01_stem_separation.ipynb #6cacda07
+def separator_name(separator): return getattr(separator, 'name', f'{type(separator).__module__}.{type(separator).__qualname__}')
 
 def _made_by(entry, cfg, separator):
     "Hash of everything that decides what the stems of a recording are"
     d = cfg.demucs
     if entry['kind'] == 'stems': return content_hash('stems 2', entry['id'], d.normalize_before or d.normalize_after)
-    return content_hash('mix 2', entry['id'], d.lead, d.backing, d.normalize_before, d.normalize_after, _name(separator))
+    return content_hash('mix 2', entry['id'], d.lead, d.backing, d.normalize_before, d.normalize_after, separator_name(separator))
 
 def _found(entry, cfg, made):
     "What an earlier run noted, if it made the same"
@@ -409,7 +413,7 @@ def _make(entry, cfg, separator=None, tick=None):
         m = write_pair(pairs, tmp, d.normalize_after or (d.normalize_before and not mixed))
         info = dict(recording=entry['id'], title=entry['title'], duration_s=round(m.n/SAMPLE_RATE, 3),
                     gain_db=round(20*float(np.log10(gain*m.gain)), 6), bleed_db=bleed_db(*map(np.concatenate, zip(*m.powers))),
-                    separator=_name(separator) if mixed else None, settings=made)
+                    separator=separator_name(separator) if mixed else None, settings=made)
         (tmp/'stems.json').write_text(json.dumps(info))
     if mixed: shutil.rmtree(work)
     return info, seconds if mixed else m.n/SAMPLE_RATE
@@ -427,7 +431,7 @@ def _separated(mixes, cfg, separator, n_jobs, progress):
     if not isinstance(n_jobs, int): return map_parallel(work, mixes, n_jobs, 'separation' if progress else None, seconds)
     sources, heard = getattr(separator, 'sources', None), 0.
     if sources and cfg.demucs.lead not in sources:
-        raise ConfigError(f'demucs.lead: {cfg.demucs.lead!r} is none of the sources of {_name(separator)}: {", ".join(sources)}')
+        raise ConfigError(f'demucs.lead: {cfg.demucs.lead!r} is none of the sources of {cfg.demucs.model if isinstance(separator, Demucs) else separator_name(separator)}: {", ".join(sources)}')
     with tqdm(total=round(sum(map(seconds, mixes))), desc='separation', unit=' s', disable=not progress) as bar:
         def tick(seconds):
             nonlocal heard
@@ -471,6 +475,6 @@ def run(cfg:DataConfig, device='cpu', separator=None, # any object with `separat
     infos = [infos[e['id']] for e in entries if e['id'] in infos]
     write_jsonl(out/'manifest.jsonl', infos)
     bleeds = sorted(i['bleed_db'] for i in infos if i['separator'] and i['bleed_db'] is not None)
-    notes = [f'bleed of the band into the lead: {bleeds[len(bleeds)//2]} dB in the median, {bleeds[-1]} dB at worst'] if bleeds else []
+    notes = [f'bleed of the band into the lead: {np.median(bleeds):.1f} dB in the median, {bleeds[-1]} dB at worst'] if bleeds else []
     return dict(done=[i['recording'] for i in infos], failed=failed, n_in=len(entries), hours=sum(i['duration_s'] for i in infos)/3600,
                 made=sum(r[1] for r in good.values())/3600, notes=notes)

@@ -6,8 +6,8 @@
 __all__ = ['COLUMNS', 'rms_frames', 'runs', 'frame_sizes', 'find_windows', 'WindowError', 'span', 'clip_id', 'cut_clip',
            'lead_rms', 'windows_of', 'run']
 
-# %% ../../nbs/02_windows.ipynb #d6e52ad8
-import csv, io, json
+# %% ../../nbs/02_windows.ipynb #b50084e0
+import csv, io, json, math
 from functools import partial
 from pathlib import Path
 import numpy as np, soundfile as sf
@@ -122,11 +122,13 @@ def run(cfg:DataConfig, device='cpu',
     infos = read_manifest(Path(cfg.data_paths.stems_dir)/'manifest.jsonl', recording=is_name, title=str, settings=str)
     rows, failed, dropped, made, text = [], {}, {}, 0., io.StringIO()
     if not infos: raise WindowError(f'{cfg.data_paths.stems_dir}: no manifest.jsonl with stems; run the stems stage first')
-    why = f'no {cfg.rms_window.min_window_size_seconds:g} s with a lead RMS of {cfg.rms_window.rms_threshold:g} or more'
+    s = cfg.rms_window
+    def why(i): return f'shorter than one frame of {s.rms_frame_length_seconds:g} s (rms_window.rms_frame_length_seconds)' if (
+        i.get('duration_s', math.inf) < s.rms_frame_length_seconds) else f'no {cfg.rms_window.min_window_size_seconds:g} s with a lead RMS of {cfg.rms_window.rms_threshold:g} or more'
     for i,r in map_parallel(partial(windows_of, cfg=cfg), infos, n_jobs, 'windows' if progress else None, lambda i: i.get('duration_s', 0)):
         name = i['title'] if i['title'] not in failed | dropped else f'{i["title"]} ({i["recording"]})'
         if isinstance(r, Exception): failed[name] = str(r) or type(r).__name__
-        elif not r[0]: dropped[name] = why
+        elif not r[0]: dropped[name] = why(i)
         else: rows, made = rows+r[0], made+r[1]
     rows.sort(key=lambda r: (r['recording'], r['start']))
     table = csv.DictWriter(text, COLUMNS, lineterminator='\n')
