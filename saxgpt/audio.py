@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'PLAYABLE', 'AudioError', 'resample', 'plot_spectrogram', 'to_mono', 'read_audio', 'load_mono',
-           'write_audio', 'loudness', 'normalize_loudness', 'mix', 'log_mel', 'player']
+           'Stream', 'stream', 'probe', 'write_audio', 'write_stream', 'loudness', 'normalize_loudness',
+           'LoudnessMeter', 'mix', 'log_mel', 'player']
 
 # %% ../nbs/11_audio.ipynb #57170097
 import io, math, os
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-import av, librosa, numpy as np, pyloudnorm, soundfile as sf, soxr
+import av, librosa, numpy as np, pyloudnorm, scipy.signal, soundfile as sf, soxr
 import matplotlib.pyplot as plt
 from IPython.display import Audio
 
-from .files import atomic_path
+from .files import WriteError, atomic_path
 
 # %% ../nbs/11_audio.ipynb #17604ea5
 SAMPLE_RATE = 32_000 # Hz, of everything that becomes codes
@@ -33,26 +35,25 @@ def _nameless(
     f.seek(0)
     return SimpleNamespace(read=f.read, readinto=f.readinto, seek=f.seek, tell=f.tell)
 
-# %% ../nbs/11_audio.ipynb #5fd01aa2
-def _decode_av(
+# %% ../nbs/11_audio.ipynb #01042bb3
+def _av_blocks(
     f, # an open binary file
-    seconds:float=math.inf, # decode no more than about this
-)->tuple: # samples (C,N), rate in Hz, promised seconds
-    "Sound by FFmpeg."
+    told, # gets `sr` (Hz) and `promised` (seconds)
+): # yields (C,n)
+    "Sound by FFmpeg, frame by frame."
     with av.open(_nameless(f), options={'protocol_whitelist': 'none'}) as c:
-        if not c.streams.audio: return np.zeros((1, 0), 'f4'), 0, 0.
-        st, out, n = c.streams.audio[0], [], 0
-        to_float = av.AudioResampler(format='fltp')
+        if not c.streams.audio: return
+        st, to_float = c.streams.audio[0], av.AudioResampler(format='fltp')
+        def learn():
+            whole = 0 if c.streams.video else (c.duration or 0)/av.time_base
+            told.sr, told.promised = st.rate or 0, float(st.duration*st.time_base) if st.duration else whole
         for packet in c.demux(st):
             try: frames = packet.decode()
             except av.error.FFmpegError: continue
-            out += [g.to_ndarray() for f in frames for g in to_float.resample(f)]
-            n += sum(f.samples for f in frames)
-            if n >= seconds*(st.rate or 1): break
-        if out: out += [g.to_ndarray() for g in to_float.resample(None)]
-        whole = 0 if c.streams.video else (c.duration or 0)/av.time_base
-        promised = float(st.duration*st.time_base) if st.duration else whole
-        return np.concatenate(out, 1) if out else np.zeros((1, 0), 'f4'), st.rate or 0, promised
+            learn()
+            for frame in frames: yield from (g.to_ndarray() for g in to_float.resample(frame))
+        yield from (g.to_ndarray() for g in to_float.resample(None))
+        learn()
 
 # %% ../nbs/11_audio.ipynb #6198bbe7
 def _missing_bytes(
@@ -74,40 +75,76 @@ def _missing_bytes(
             return max(0, whole - len(page))
     return 0
 
-# %% ../nbs/11_audio.ipynb #b264256e
-def _decode(
+# %% ../nbs/11_audio.ipynb #1576d072
+def _sf_blocks(
     f, # an open binary file
-    seconds:float=math.inf, # decode no more than about this
-)->tuple: # samples (C,N) float32, rate in Hz, promised seconds
-    "Sound by soundfile where it can, by FFmpeg otherwise."
+    told, # gets `sr` and `promised`
+    n:int=2**20, # samples in a piece
+): # yields (C,n) float32
+    "Sound by soundfile."
+    with sf.SoundFile(_nameless(f)) as s:
+        if not (0 < s.frames < 2**40 and s.samplerate > 0): raise sf.LibsndfileError(0)
+        told.sr, told.promised = s.samplerate, s.frames/s.samplerate
+        while len(x := s.read(n, dtype='float32', always_2d=True)): yield x.T
+
+def _blocks(
+    f, # an open binary file
+    told, # gets `sr` and `promised`
+): # yields (C,n) float32
+    "Sound by soundfile where it can, by FFmpeg from there on."
+    done = 0
     if f.read(4) in (b'RIFF', b'RF64', b'fLaC', b'OggS', b'FORM'):
         try:
-            with sf.SoundFile(_nameless(f)) as s:
-                if 0 < s.frames < 2**40 and s.samplerate > 0:
-                    n = math.ceil(min(s.frames, seconds*s.samplerate))
-                    return s.read(n, dtype='float32', always_2d=True).T, s.samplerate, s.frames/s.samplerate
+            for x in _sf_blocks(f, told):
+                yield x
+                done += x.shape[1]
+            return
         except (sf.LibsndfileError, MemoryError): pass
-    return _decode_av(f, seconds)
+    for x in _av_blocks(f, told):
+        skip = min(done, x.shape[1])
+        done -= skip
+        if skip < x.shape[1]: yield x[:, skip:]
 
-# %% ../nbs/11_audio.ipynb #b95baf48
-def _check(
-    path, # for the message
-    x:np.ndarray, # (C,N)
-    sr:int, # Hz
-    promised:float, # seconds, 0 if none
-    seconds:float=math.inf, # asked for
-)->np.ndarray: # `x`
-    "The rule of acceptance; raises `AudioError`."
-    if sr <= 0 or not x.shape[0]: raise AudioError(f'{path}: holds no audio that can be decoded; {PLAYABLE}')
-    if not x.shape[1]: raise AudioError(f'{path}: holds no samples, its length is 0 s; record or export it again')
-    if not np.isfinite(x).all(): raise AudioError(f'{path}: holds samples that are NaN or infinite; export it again')
-    got = x.shape[1]/sr
-    if got >= seconds: return x
-    if got < .98*promised: raise AudioError(
-        f'{path}: damaged or truncated, only {got:.1f} of {promised:.1f} s can be decoded; copy or download it again')
+# %% ../nbs/11_audio.ipynb #85afe320
+def _known(path):
+    "Raise `AudioError` unless there is a file with something in it."
+    if path.is_dir(): raise AudioError(f'{path}: is a folder; give an audio file')
+    if not path.is_file(): raise AudioError(f'{path}: there is no such file; check the name')
+    if not path.stat().st_size: raise AudioError(f'{path}: is empty (0 bytes); copy or download it again')
+
+def _complete(
+    path, # a file decoded to its end
+    n:int, # samples that came out
+    told, # of the file
+):
+    "Raise `AudioError` unless the file gave what it promised."
+    if not n and told.sr <= 0: raise AudioError(f'{path}: holds no audio that can be decoded; {PLAYABLE}')
+    if not n: raise AudioError(f'{path}: holds no samples, its length is 0 s; record or export it again')
+    if n/told.sr < .98*told.promised: raise AudioError(
+        f'{path}: damaged or truncated, only {n/told.sr:.1f} of {told.promised:.1f} s can be decoded; copy or download it again')
     if missing := _missing_bytes(path): raise AudioError(
         f'{path}: truncated, its last {missing} bytes are missing; copy or download it again')
-    return x
+
+def _heard(
+    path, # any audio file
+    told, # gets `sr` and `promised`
+    seconds:float=math.inf, # stop after so many; where they are there, nothing is missing
+): # yields (C,n) float32, finite
+    "Decode a file; raises `AudioError`, at the latest at its end."
+    path, n = Path(path), 0
+    told.sr, told.promised = 0, 0.
+    _known(path)
+    with open(path, 'rb') as f:
+        try:
+            for x in _blocks(f, told):
+                if not np.isfinite(x).all(): raise AudioError(f'{path}: holds samples that are NaN or infinite; export it again')
+                yield x
+                n += x.shape[1]
+                if n >= seconds*(told.sr or 1): return
+        except AudioError: raise
+        except (av.error.FFmpegError, OSError, ValueError, RuntimeError, MemoryError) as e:
+            raise AudioError(f'{path}: cannot be decoded ({type(e).__name__}); it is not audio, or damaged: {PLAYABLE}') from None
+    _complete(path, n, told)
 
 # %% ../nbs/11_audio.ipynb #b60d0d8a
 def resample(
@@ -167,18 +204,15 @@ def read_audio(
     seconds:float=None, # only the start, and only that is decoded; None for all
 )->tuple: # x float32 (C,N) in [-1,1], rate in Hz
     "Read a sound; raises `AudioError` for anything that is not a complete, finite recording."
-    path, seconds = Path(path), math.inf if seconds is None else seconds
-    if path.is_dir(): raise AudioError(f'{path}: is a folder; give an audio file')
-    if not path.is_file(): raise AudioError(f'{path}: there is no such file; check the name')
-    if not path.stat().st_size: raise AudioError(f'{path}: is empty (0 bytes); copy or download it again')
-    with open(path, 'rb') as f:
-        try: x, rate, promised = _decode(f, seconds)
-        except (av.error.FFmpegError, OSError, ValueError, RuntimeError, MemoryError) as e:
-            raise AudioError(f'{path}: cannot be decoded ({type(e).__name__}); it is not audio, or damaged: {PLAYABLE}') from None
-    x = _check(path, x, rate, promised, seconds)
-    if seconds < math.inf: x = x[:, :math.ceil(seconds*rate)]
-    try: x = _fit(x.astype('f4', copy=False), rate, sr or rate, mono)
-    except (ValueError, RuntimeError, MemoryError): x = x[:, :0]
+    told, seconds = SimpleNamespace(), math.inf if seconds is None else seconds
+    pieces = list(_heard(path, told, seconds))
+    rate = told.sr
+    try:
+        x = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, 1)
+        if seconds < math.inf: x = x[:, :math.ceil(seconds*rate)]
+        del pieces
+        x = _fit(x.astype('f4', copy=False), rate, sr or rate, mono)
+    except (ValueError, RuntimeError, MemoryError): x = np.zeros((1, 0), 'f4')
     if not x.size or not np.isfinite(x).all(): raise AudioError(
         f'{path}: too short, or its rate of {rate} Hz is wrong: nothing is left at {sr or rate} Hz; export it again')
     return x, sr or rate
@@ -190,6 +224,61 @@ def load_mono(
 )->np.ndarray: # float32 (1,N)
     "What the codec wants: one channel at 32 kHz."
     return read_audio(path, sr, mono=True)[0]
+
+# %% ../nbs/11_audio.ipynb #f908f0be
+def _gathered(
+    pieces, # iterable of (C,n)
+    size:int, # samples
+): # yields (C,n), n of at least `size` but for the last
+    "Small pieces put together to larger ones."
+    kept = []
+    for x in pieces:
+        kept.append(x)
+        if sum(k.shape[1] for k in kept) >= size:
+            yield np.concatenate(kept, 1)
+            kept = []
+    if kept: yield np.concatenate(kept, 1)
+
+class Stream:
+    "Blocks of a sound file: float32 (C,n), at `sr` Hz; every iteration begins at the start of the file."
+    peak = 0. # largest absolute sample of the file, known at the end of an iteration
+    seconds = 0. # length of the file, known at the end of an iteration
+
+    def __init__(self, path, sr, mono, block_s):
+        self.path, self.mono, self.block_s, told = Path(path), mono, block_s, SimpleNamespace()
+        first = next(_heard(path, told), None)
+        self.file_sr, self.file_channels = told.sr, 0 if first is None else len(first)
+        self.sr, self.channels = sr or told.sr, 1 if mono else self.file_channels
+
+    def __iter__(self):
+        change = soxr.ResampleStream(self.file_sr, self.sr, self.channels, quality='VHQ') if self.sr != self.file_sr else None
+        told, n, peak = SimpleNamespace(), 0, 0.
+        for x in _gathered(_heard(self.path, told), int(self.block_s*self.file_sr)):
+            n, peak = n + x.shape[1], max(peak, float(_peak(x)))
+            if self.mono: x = to_mono(x)
+            if change: x = change.resample_chunk(np.ascontiguousarray(x.T, 'f4')).T
+            if x.size: yield np.ascontiguousarray(x, 'f4')
+        if change:
+            x = change.resample_chunk(np.zeros((0, self.channels), 'f4'), last=True).T
+            if x.size: yield np.ascontiguousarray(x)
+        self.peak, self.seconds = peak, n/self.file_sr
+
+def stream(
+    path, # any audio file
+    sr:int=None, # wanted rate in Hz, None keeps the file's
+    mono:bool=False, # mix the channels down
+    block_s:float=30., # seconds in a block, about
+)->Stream: # iterate over it for blocks
+    "Open a sound of any length; raises `AudioError` as `read_audio` does, what shows at the end at the end."
+    return Stream(path, sr, mono, block_s)
+
+def probe(
+    path, # any audio file
+)->dict: # seconds, sr (Hz), channels, peak
+    "Decode all of a file and keep nothing but its measures; raises `AudioError` as `read_audio` does."
+    s = stream(path)
+    for _ in s: pass
+    return dict(seconds=s.seconds, sr=s.file_sr, channels=s.file_channels, peak=s.peak)
 
 # %% ../nbs/11_audio.ipynb #0b9f2996
 def write_audio(
@@ -210,9 +299,31 @@ def write_audio(
     x = _fit(x, sr, to, mono=False)
     try:
         with atomic_path(path) as p: sf.write(os.fsencode(p) if os.name == 'posix' else p, x.T, to, format=fmt, subtype=subtype)
-    except (sf.LibsndfileError, AssertionError): # the latter when fewer samples were written than given
-        raise AudioError(f'{path}: cannot be written; is the folder writable and the disk not full?') from None
+    except (sf.LibsndfileError, AssertionError): raise _unwritten(path) from None # the latter when fewer samples were written than given
     return path
+
+def _unwritten(path): return WriteError(f'{path}: cannot be written; is the folder writable and the disk not full?')
+
+# %% ../nbs/11_audio.ipynb #c07ee16d
+def write_stream(
+    path, # .wav or .flac
+    blocks, # iterable of (C,n) in [-1,1]
+    sr:int=SAMPLE_RATE, # Hz
+    subtype:str='PCM_16', # sample format
+)->int: # samples written
+    "Write a sound block by block; whole or not at all."
+    n, blocks = 0, iter(blocks)
+    first = next(blocks, None)
+    if first is None: raise AudioError(f'{path}: not written, the sound is empty')
+    with atomic_path(path) as p:
+        try:
+            with sf.SoundFile(os.fsencode(p) if os.name == 'posix' else p, 'w', sr, len(first), subtype, format=Path(path).suffix[1:].upper()) as f:
+                x = first
+                while x is not None:
+                    f.write(x.T)
+                    n, x = n + x.shape[1], next(blocks, None)
+        except (sf.LibsndfileError, AssertionError): raise _unwritten(path) from None
+    return n
 
 # %% ../nbs/11_audio.ipynb #af7c495d
 def loudness(
@@ -236,6 +347,40 @@ def normalize_loudness(
     if l == -np.inf: return x
     x = x*np.float32(10**((target - l)/20))
     return x*np.float32(min(1., peak/np.abs(x).max()))
+
+# %% ../nbs/11_audio.ipynb #9d0babbd
+class LoudnessMeter:
+    "Integrated loudness (ITU-R BS.1770) of a sound given in blocks, as `loudness` of the whole."
+    def __init__(self, sr:int=SAMPLE_RATE): self.sr, self.n, self.powers, self.state, self.rest = sr, 0, [], None, None
+
+    def add(self,
+        x:np.ndarray, # (C,n)
+    ):
+        "Go on with the next block."
+        filters = list(pyloudnorm.Meter(self.sr)._filters.values())
+        x = np.asarray(x[:5], 'f8')
+        if self.state is None: self.state, self.rest = [np.zeros((len(x), len(f.b) - 1)) for f in filters], x[:, :0]
+        if self.n < .5*self.sr: self.head = np.concatenate([self.head, x], 1) if self.n else x     # a very short sound is one block
+        for i, f in enumerate(filters):
+            x, self.state[i] = scipy.signal.lfilter(f.b, f.a, x, zi=self.state[i])
+            x = x*f.passband_gain
+        x, done = np.concatenate([self.rest, x], 1), self.n - self.rest.shape[1]
+        self.n = done + x.shape[1]
+        edges = np.array([e for e in (int(.1*j*self.sr) for j in range(len(self.powers), int(10*self.n/self.sr) + 2)) if e <= self.n]) - done
+        self.powers += [np.square(x[:, a:b]).sum(1) for a, b in zip(edges, edges[1:])]
+        self.rest = x[:, edges[-1]:]
+
+    @property
+    def value(self)->float: # LUFS, -inf for silence
+        if self.n < .5*self.sr: return loudness(self.head, self.sr) if self.n else -np.inf
+        cells = np.array([*self.powers, np.square(self.rest).sum(1), *np.zeros((3, len(self.rest)))])
+        n = int(np.round((self.n/self.sr - .4)/.1)) + 1
+        z = sum(cells[j:j + n] for j in range(4))/(.4*self.sr)
+        power = z @ np.array([1, 1, 1, 1.41, 1.41])[:z.shape[1]]
+        level = lambda p: -.691 + 10*np.log10(np.maximum(p, 1e-30))
+        loud = power[level(power) >= -70]
+        loud = loud[level(loud) > level(loud.mean()) - 10] if len(loud) else loud
+        return float(level(loud.mean())) if len(loud) else -np.inf
 
 # %% ../nbs/11_audio.ipynb #e0934af7
 def mix(

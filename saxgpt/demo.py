@@ -9,10 +9,10 @@ __all__ = ['NAMES', 'QUALITIES', 'FORMS', 'VOICINGS', 'COMPING', 'RIDE', 'HAT', 
            'chord', 'Clock', 'Note', 'Tune', 'pick', 'walk', 'voice', 'comp', 'drum', 'phrases', 'target', 'fill',
            'melody', 'enclose', 'sketch', 'perform', 'legato', 'lay_out', 'compose', 'soundfont', 'zones', 'pressed',
            'pitch_ratio', 'read_sample', 'envelope', 'low_pass', 'held', 'play', 'blow', 'render', 'truth_of',
-           'make_recording', 'make_corpus', 'write_demo_backing', 'demo_backing', 'main']
+           'make_recording', 'make_corpus', 'write_demo_backing', 'demo_backing', 'tiny_demucs', 'main']
 
-# %% ../nbs/12_demo.ipynb #5a395b3c
-import json, os, re, struct, sys
+# %% ../nbs/12_demo.ipynb #063ceb61
+import hashlib, io, json, os, re, struct, sys
 from dataclasses import dataclass, asdict
 from functools import lru_cache
 from importlib.util import find_spec
@@ -606,6 +606,27 @@ def demo_backing()->tuple[Path, dict]: # audio file, truth
     "The bundled backing track and what is known about it."
     folder = weights_dir()/'demo'
     return folder/'backing.opus', json.loads((folder/'backing.json').read_text())
+
+# %% ../nbs/12_demo.ipynb #0d45bc82
+def tiny_demucs(
+    folder, # the model repository, made when absent
+    seed:int=0, # of the random weights
+)->str: # the model's name in it
+    "Write a local Demucs repository with a small untrained six-source model."
+    import torch
+    from demucs.htdemucs import HTDemucs
+    from demucs.states import get_state
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        net = HTDemucs('drums bass other vocals guitar piano'.split(), channels=8, bottom_channels=64, t_layers=2, t_heads=4,
+                       dconv_mode=3, segment=4)
+    args, kwargs = net._init_args_kwargs
+    content = dict(klass=type(net), args=args, kwargs=kwargs, state=get_state(net, None, half=True), training_args={})
+    torch.save(content, buf := io.BytesIO())
+    name = f'tiny_untrained_6s_seed{seed}'
+    with atomic_path(Path(folder)/f'{name}-{hashlib.sha256(buf.getvalue()).hexdigest()[:8]}.th') as p: p.write_bytes(buf.getvalue())
+    with atomic_path(Path(folder)/f'{name}_bag.yaml') as p: p.write_text(f"models: ['{name}']\n")
+    return f'{name}_bag'
 
 # %% ../nbs/12_demo.ipynb #a766ec3c
 @command

@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['SPLITS', 'DatasetError', 'split_of', 'read_header', 'map_tensors', 'create_tensors', 'read_clip', 'scan_clips',
            'write_split', 'n_windows', 'dataset_path', 'CodesDataset', 'ResumableSampler', 'CodesLoader', 'make_loader',
-           'run']
+           'code_stats', 'settings_of', 'datasheet', 'as_markdown', 'is_done', 'run']
 
-# %% ../../nbs/05_dataset.ipynb #fe72da81
-import csv, json
+# %% ../../nbs/05_dataset.ipynb #ec3c19cd
+import json
+from collections import Counter
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from .. import __version__
 from ..config import DataConfig
-from ..files import atomic_path, content_hash, read_jsonl
+from ..files import atomic_path, content_hash, file_hash, is_name, map_parallel, read_jsonl, read_manifest
 from ..patterns import delay
 
 # %% ../../nbs/05_dataset.ipynb #c4f6e32b
@@ -68,8 +71,8 @@ def map_tensors(path, # a safetensors file of integers
 # %% ../../nbs/05_dataset.ipynb #9d0cd551
 def create_tensors(path, # the file to make
                    specs:dict, # {name: (numpy dtype, shape)}
-                   meta:dict): # str -> str
-    "A safetensors file of zeros, to be filled through `map_tensors(path, 'r+')`"
+                   meta:dict)->dict: # str -> str; the first byte of each tensor
+    "A safetensors file of zeros, to be filled in"
     names, head, end = {np.dtype(v): k for k,v in _DTYPES.items()}, {'__metadata__': meta}, 0
     for k,(dt,shape) in sorted(specs.items(), key=lambda s: (-np.dtype(s[1][0]).itemsize, s[0])):
         start, end = end, end + int(np.prod(shape))*np.dtype(dt).itemsize
@@ -79,6 +82,7 @@ def create_tensors(path, # the file to make
     with open(path, 'wb') as f:
         f.write(len(text).to_bytes(8, 'little') + text)
         f.truncate(8+len(text)+end)
+    return {k: 8+len(text)+head[k]['data_offsets'][0] for k in specs}
 
 # %% ../../nbs/05_dataset.ipynb #9390dd4f
 def read_clip(path, # a file of the codes stage
@@ -98,12 +102,13 @@ def read_clip(path, # a file of the codes stage
 
 # %% ../../nbs/05_dataset.ipynb #8c991a5d
 def scan_clips(paths, # files of the codes stage
-               padding_idx:int=2048)->tuple: # (list of clips as in `read_clip`, {clip: reason} of the bad ones)
+               padding_idx:int=2048,
+               desc:str=None)->tuple: # label of a progress bar; (list of clips as in `read_clip`, {clip: reason} of the bad ones)
     "Check code files, each by itself and all together"
     clips, failed = [], {}
-    for p in paths:
-        try: clips.append(read_clip(p, padding_idx))
-        except (DatasetError, OSError) as e: failed[p.stem] = str(e)
+    for p,r in map_parallel(partial(read_clip, padding_idx=padding_idx), paths, 1, desc):
+        if isinstance(r, Exception): failed[p.stem] = str(r) or type(r).__name__
+        else: clips.append(r)
     for c in clips:
         for what in ('codec_name', 'codec_hash'):
             if c[what] != clips[0][what]:
@@ -123,12 +128,14 @@ def write_split(path, # dataset file to write, atomically
     meta = dict(meta, clips=json.dumps([{k: c.get(k, '') for k in ('clip','recording','augmentation')} for c in clips]))
     shape = (n_codebooks, int(offsets[-1]))
     with atomic_path(path) as tmp:
-        create_tensors(tmp, dict(backing=(np.int16, shape), lead=(np.int16, shape), offsets=(np.int64, offsets.shape)), meta)
-        out = map_tensors(tmp, 'r+')[0]
-        out['offsets'][:] = offsets
-        for c,a,b in zip(clips, offsets[:-1], offsets[1:]):
-            codes = map_tensors(c['path'])[0]
-            for k in ('backing', 'lead'): out[k][:,a:b] = codes[k]
+        first = create_tensors(tmp, dict(backing=(np.int16, shape), lead=(np.int16, shape), offsets=(np.int64, offsets.shape)), meta)
+        with open(tmp, 'r+b') as f:
+            def put(at, x): f.seek(at); f.write(x.tobytes())
+            put(first['offsets'], offsets.astype(np.int64))
+            for c,a in zip(clips, offsets):
+                codes = map_tensors(c['path'])[0]
+                for k in ('backing', 'lead'):
+                    for row,x in enumerate(codes[k]): put(first[k]+2*(row*shape[1]+int(a)), x)
 
 # %% ../../nbs/05_dataset.ipynb #a747311d
 def n_windows(length, # frames of a clip, or an array of them
@@ -281,41 +288,153 @@ def make_loader(dataset:CodesDataset, batch_size:int,
     sampler = ResumableSampler(len(dataset), seed, shuffle, rank, world_size)
     return CodesLoader(dataset, sampler, batch_size=batch_size, num_workers=num_workers, persistent_workers=num_workers > 0, **kw)
 
+# %% ../../nbs/05_dataset.ipynb #e542fa20
+def code_stats(arrays, # codes (K, T) each
+               cardinality:int=2048)->list: # for each codebook: used_percent, entropy_bits, most_common, its share_percent
+    "How the codes of each codebook are used"
+    counts = 0
+    for x in arrays:
+        for a in range(0, x.shape[1], 1<<20):
+            counts = counts + np.stack([np.bincount(row, minlength=cardinality) for row in x[:,a:a+(1<<20)]])
+    if not np.any(counts): return []
+    p = counts/counts.sum(1, keepdims=True)
+    bits = -(p*np.log2(np.where(p > 0, p, 1))).sum(1)
+    return [dict(used_percent=round(100*float((c > 0).mean()), 2), entropy_bits=round(abs(float(e)), 3), most_common=int(c.argmax()),
+                 share_percent=round(100*float(q.max()), 2)) for c,e,q in zip(counts, bits, p)]
+
 # %% ../../nbs/05_dataset.ipynb #26a28b55
 SPLITS = 'train', 'val', 'test'
 
-def _meta(cfg, clips):
+def _plain(v): # a setting that is a path becomes its last part
+    if isinstance(v, dict): return {k: _plain(x) for k,x in v.items()}
+    return v.replace('\\', '/').rstrip('/').rpartition('/')[2] if isinstance(v, str) else v
+
+def settings_of(cfg:DataConfig)->dict:
+    "Every setting that has a say in what the data are"
+    d = cfg.model_dump(exclude=dict(data_paths=True, url=True, source=True, download=True, intermediates=True, demucs={'n_jobs'}))
+    return _plain(json.loads(json.dumps(d)))
+
+def _bleed(infos): # lines of the stems' manifest
+    "Median and worst of the estimates that separation left"
+    known = sorted((i['bleed_db'], i['recording']) for i in infos if i.get('separator', True) and isinstance(i.get('bleed_db'), (int, float)))
+    if not known: return None
+    return dict(recordings=len(known), median_db=round(float(np.median([b for b,_ in known])), 2),
+                worst=[dict(recording=r, bleed_db=b) for b,r in known[::-1][:5]])
+
+def _lines(folder): return [e for e in read_jsonl(Path(folder)/'manifest.jsonl') if isinstance(e, dict)]
+
+def _recordings(sets, p):
+    "Who is in which split, with what the manifests say about them"
+    told, out = {e.get('id'): e for e in _lines(p.dl_dir)}, {}
+    for k,d in sets.items():
+        for c,T in zip(d.clips, np.diff(d.offsets)):
+            e = told.get(c['recording'], {})
+            r = out.setdefault(c['recording'], dict(recording=c['recording'], split=k, clips=0, copies=0, hours=0.) |
+                               {k: e[k] for k in ('title', 'uploader') if e.get(k)} |
+                               ({'url': e['url']} if str(e.get('url')).startswith('http') else {}))
+            r['copies' if c.get('augmentation') else 'clips'] += 1
+            r['hours'] += int(T)/float(d.meta['frame_rate'])/3600
+    return [r | dict(hours=round(r['hours'], 4)) for _,r in sorted(out.items())]
+
+# %% ../../nbs/05_dataset.ipynb #541073a4
+def datasheet(cfg:DataConfig,
+              files:dict, # split -> its file
+              left_out:dict)->dict: # reason -> clips
+    "All that is to be said about a dataset, as JSON can hold it"
+    sets = {k: CodesDataset(f) for k,f in files.items()}
+    recordings, meta = _recordings(sets, cfg.data_paths), sets['train'].meta
+    codec = dict(name=meta['codec_name'], hash=meta['codec_hash'], frame_rate=float(meta['frame_rate']), codebooks=len(sets['train'].lead))
+    codes = {k: code_stats([getattr(d, k) for d in sets.values()], cfg.dataset.padding_idx) for k in ('lead', 'backing')}
+    splits = {k: dict(hours=round(int(d.offsets[-1])/float(meta['frame_rate'])/3600, 4), recordings=len({c['recording'] for c in d.clips}),
+                      clips=sum(not c.get('augmentation') for c in d.clips), copies=sum(bool(c.get('augmentation')) for c in d.clips), windows=len(d),
+                      file=d.path.name, bytes=d.path.stat().st_size, sha256=file_hash(d.path), made_from=d.meta['settings']) for k,d in sets.items()}
+    used = {r['recording'] for r in recordings}
+    bleed = _bleed([i for i in _lines(cfg.data_paths.stems_dir) if i.get('recording') in used])
+    return dict(saxgpt=__version__, codec=codec, splits=splits, left_out=left_out, bleed=bleed, settings=settings_of(cfg), codes=codes, recordings=recordings)
+
+def _table(head, rows): return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in [head, ['---']*len(head), *rows])
+
+def as_markdown(d:dict)->str: # a datasheet
+    "The datasheet for people"
+    def shown(t): return ''.join(c if c.isprintable() else ' ' for c in str(t)).replace('|', '/')
+    titles = {r['recording']: shown(r.get('title', r['recording'])) for r in d['recordings']}
+    keys = 'hours', 'recordings', 'clips', 'copies', 'windows'
+    c = d['codec']
+    parts = ['# Datasheet', f'Made with SaxGPT {d["saxgpt"]}; codec {c["name"]} ({c["hash"]}), {c["codebooks"]} codebooks at {c["frame_rate"]:g} frames a second.',
+             '## Splits', _table(['split', *keys], [[k, *(s[i] for i in keys)] for k,s in d['splits'].items()]),
+             *[f'Left out: {n} clips, {why}.' for why,n in d['left_out'].items()], '## Codes',
+             _table(['track', 'codebook', 'used %', 'entropy, bits', 'most common', 'its share %'],
+                    [[k, i, *c.values()] for k,cs in d['codes'].items() for i,c in enumerate(cs)]), '## Bleed of the band into the lead']
+    if b := d['bleed']:
+        parts += [f'Median {b["median_db"]} dB over {b["recordings"]} separated recordings; closer to 0 is worse.',
+                  _table(['worst', 'dB'], [[titles.get(w['recording'], w['recording']), w['bleed_db']] for w in b['worst']])]
+    else: parts += ['Not known: the recordings came as stems.']
+    flat = lambda v, at='': [x for k,y in v.items() for x in flat(y, f'{at}{k}.')] if isinstance(v, dict) else [(at[:-1], json.dumps(v))]
+    return '\n\n'.join([*parts, '## Settings', _table(['setting', 'value'], flat(d['settings'])), '## Files',
+                        _table(['file', 'bytes', 'sha256'], [[s['file'], s['bytes'], s['sha256']] for s in d['splits'].values()])]) + '\n'
+
+# %% ../../nbs/05_dataset.ipynb #0e730a84
+def _meta(cfg, part, first):
     "Header of a split's file: codec, window settings, and the hash of everything that made it"
     d = cfg.dataset
-    made = content_hash([c['hash'] for c in clips], cfg.train_test_split.model_dump(), d.model_dump())
-    return dict(codec_name=clips[0]['codec_name'], codec_hash=clips[0]['codec_hash'], frame_rate=clips[0].get('frame_rate', '50'),
+    made = content_hash([c['hash'] for c in part], cfg.train_test_split.model_dump(), d.model_dump(), first['codec_hash'])
+    return dict(codec_name=first['codec_name'], codec_hash=first['codec_hash'], frame_rate=first.get('frame_rate', '50'),
                 seq_len=str(d.seq_len), stride=str(d.stride), padding_idx=str(d.padding_idx), settings=made)
 
-# %% ../../nbs/05_dataset.ipynb #34b37641
-def _chosen(p):
-    "Code files of the clips that are chosen now, and the names of the others; without a table all are"
-    files, table = sorted(Path(p.codes_dir).glob('*.safetensors')), Path(p.metadata_path)
-    if not table.is_file(): return files, []
-    with open(table, newline='') as f: names = {r['clip'] for r in csv.DictReader(f)}
-    names |= {e['clip'] for e in read_jsonl(Path(p.aug_dir)/'manifest.jsonl')}
-    return [f for f in files if f.stem in names], [f.stem for f in files if f.stem not in names]
+def _chosen(codes_dir):
+    "Code files that the manifest of the codes stage names, and the names of the others; without a manifest all are chosen"
+    files, manifest = sorted(Path(codes_dir).glob('*.safetensors')), Path(codes_dir)/'manifest.jsonl'
+    if not manifest.is_file(): return files, []
+    names = sorted({e['clip'] for e in read_manifest(manifest, clip=is_name)})
+    return [Path(codes_dir)/f'{n}.safetensors' for n in names], [f.stem for f in files if f.stem not in names]
 
-# %% ../../nbs/05_dataset.ipynb #26ed50c4
-def run(cfg:DataConfig, device='cpu')->dict: # done: files, failed: {clip: reason}, n_in: clips, dropped, hours, notes
-    "Write `train`, `val` and `test.safetensors` from all code files; a file that is up to date stays"
-    files, stale = _chosen(cfg.data_paths)
-    clips, failed = scan_clips(files, cfg.dataset.padding_idx)
+def _replace(path, text):
+    if not path.is_file() or path.read_text(encoding='utf-8') != text:
+        with atomic_path(path) as p: p.write_text(text, encoding='utf-8')
+
+def _hashes(sheet): # of the dataset files, as a datasheet has them
+    try: return {k: s['sha256'] for k,s in json.loads(sheet.read_text(encoding='utf-8'))['splits'].items()}
+    except (OSError, *_BROKEN): return {}
+
+def is_done(path, # of a split
+            meta:dict, # header that it should have
+            sha256:str)->bool: # hash that it should have
+    "Whether a split's file was made from this, and is what it was then"
+    try: return CodesDataset(path).meta.get('settings') == meta['settings'] and file_hash(path) == sha256
+    except (DatasetError, OSError): return False
+
+# %% ../../nbs/05_dataset.ipynb #f7d934d0
+def run(cfg:DataConfig, device='cpu',
+        n_jobs=1, progress:bool=False)->dict: # done: files, failed and dropped: {clip: reason}, n_in: clips, hours, made, notes
+    "Write `train`, `val` and `test.safetensors` and the datasheet from the chosen code files; what is up to date stays"
+    (files, stale), out, s = _chosen(cfg.data_paths.codes_dir), Path(cfg.data_paths.datasets_dir), cfg.train_test_split
+    clips, failed = scan_clips(files, cfg.dataset.padding_idx, 'dataset' if progress else None)
     if not clips: raise DatasetError(f'{cfg.data_paths.codes_dir}: no usable code files; run the codes stage first')
-    meta, out, s = _meta(cfg, clips), Path(cfg.data_paths.datasets_dir), cfg.train_test_split
-    parts = {k: [c for c in clips if split_of(c['recording'], s.seed, s.test, s.val) == k] for k in SPLITS}
+    held, parts = 0, {k: [] for k in SPLITS}
+    for c in clips:
+        k = split_of(c['recording'], s.seed, s.test, s.val)
+        if k != 'train' and c.get('augmentation'): held += 1
+        else: parts[k].append(c)
     out.mkdir(parents=True, exist_ok=True)
+    sheet, paths, made = out/'datasheet.json', {k: out/f'{k}.safetensors' for k in SPLITS}, []
+    known = _hashes(sheet)
     for k,part in parts.items():
-        path = out/f'{k}.safetensors'
-        try: done = CodesDataset(path).meta.get('settings') == meta['settings']
-        except DatasetError: done = False
-        if not done: write_split(path, part, meta, clips[0]['shape'][0])
-    hours = {k: sum(c['length'] for c in p) / float(meta['frame_rate']) / 3600 for k,p in parts.items()}
-    notes = [f'{k}: {hours[k]:.2f} h, {len(p)} clips of {len({c["recording"] for c in p})} recordings' if p else
-             f'{k} is empty: no recording falls into it' for k,p in parts.items()]
-    return dict(done=[str(out/f'{k}.safetensors') for k in SPLITS], failed=failed, n_in=len(files)+len(stale), notes=notes,
-                dropped={c: 'codes of a clip that is no longer chosen' for c in stale}, hours=sum(hours.values()))
+        meta = _meta(cfg, part, clips[0])
+        if is_done(paths[k], meta, known.get(k)): continue
+        write_split(paths[k], part, meta, clips[0]['shape'][0])
+        made += part
+    left_out = {'damaged': len(failed), 'copies of recordings in val and test, which hold clips as they were played': held}
+    d = datasheet(cfg, paths, {k: n for k,n in left_out.items() if n})
+    _replace(sheet, json.dumps(d, indent=1) + '\n')
+    _replace(out/'datasheet.md', as_markdown(d))
+    def said(k, x): # about a split
+        if parts[k]: return f'{k}: {x["hours"]:.2f} h, {x["clips"]+x["copies"]} clips of {x["recordings"]} recordings'
+        if k != 'train' and not getattr(s, k): return f'{k} is empty: as train_test_split says'
+        return f'{k} is empty: no recording falls into it; add recordings or try another train_test_split.seed'
+    notes = [said(k, x) for k,x in d['splits'].items() if parts[k] or k != 'train']
+    notes += [f'{n} clips left out: {k}' for k,n in d['left_out'].items()]
+    if stale: notes.append(f'{len(stale)} code files of clips that are no longer chosen stay where they are')
+    if not parts['train']: failed['train'] = said('train', {}).partition(': ')[2]
+    def hours(cs): return sum(c['length'] for c in cs)/d['codec']['frame_rate']/3600
+    return dict(done=[c['clip'] for part in parts.values() for c in part], failed=failed, n_in=len(files), notes=notes,
+                hours=sum(map(hours, parts.values())), made=hours(made))
