@@ -175,7 +175,7 @@ class ModelConfig(Section):
     padding_idx: int = field(2048, 'the special token', ge=0)
     scale_embeddings: bool = field(True, 'multiply embeddings by the root of d_model')
     positions: Literal['sinusoidal', 'rotary'] = field('sinusoidal', 'how steps are told apart: added to the input, or turned into queries and keys')
-    fusion: Literal['cross', 'aligned'] = field('cross', '`aligned` adds the backing of the same instant to the decoder input')
+    fusion: Literal['cross', 'aligned'] = field('aligned', '`aligned` adds the backing of the same instant to the decoder input')
     condition_dropout: float = field(.1, 'share of training items that hear no backing', ge=0, lt=1)
 
     @model_validator(mode='after')
