@@ -23,7 +23,7 @@ from .config import command
 from .demo import demo_backing
 from .files import atomic_path
 from .metrics import chord_tone_share
-from .model.decoding import generate_codes, play_codes
+from .model.decoding import generate_codes, light as lighten, play_codes
 from .model.transformer import SaxGPT
 from .sampling import check_settings
 from .training.checkpoint import load_model
@@ -248,6 +248,7 @@ def play(
     seconds:float=None, # At most so much of the backing; None: all of it
     codec=None, # Name or folder of the codec; None: the one that the checkpoint names
     prompt=None, # Audio file that the solo begins with and goes on from
+    light:bool=False, # With the lighter copy of the model
     **settings, # temperature, top_k, top_p, guidance of `play_codes`
 ) -> list: # (solo, mix, plot) paths for each solo
     "Play solos over a recording and write them, mixed and pictured too."
@@ -256,6 +257,7 @@ def play(
     if not 0 <= seed < 2**63 - n: raise ValueError(f'seed must be between 0 and 2**63, not {seed}')
     if seconds is not None and not 0 < seconds < math.inf: raise ValueError(f'seconds must be above 0, not {seconds:g}')
     model, about = load_model(checkpoint, 'cuda' if torch.cuda.is_available() else 'cpu')
+    if light: model = lighten(model)
     src, x, truth = read_backing(backing, seconds)
     first = None if prompt is None else read_audio(prompt, SAMPLE_RATE, mono=True)[0]
     if first is not None and first.shape[1] >= x.shape[1]: raise ValueError(f'{prompt}: is as long as the backing, which leaves nothing to play')
@@ -305,10 +307,11 @@ def main(
     n:int=1, # number of solos
     prompt:str=None, # audio file that the solo begins with and goes on from
     seconds:float=None, # at most so much of the backing; all of it when absent
+    light:bool=False, # faster and a little less exact: 8-bit weights on a CPU, half precision on a GPU
     codec:str=None, # name or folder of the codec; the one that the checkpoint names when absent
 ):
     "Play a saxophone solo over a backing track."
     t0 = time.time()
-    paths = play(backing, output, mix, plot, checkpoint, seed, n, seconds, codec, prompt,
+    paths = play(backing, output, mix, plot, checkpoint, seed, n, seconds, codec, prompt, light,
                  temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
     report(paths, time.time() - t0, seed + n)

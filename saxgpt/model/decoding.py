@@ -75,7 +75,7 @@ class Int8Linear(nn.Module):
     ):
         super().__init__()
         scale = weight.detach().float().abs().amax(1).clamp(min=1e-8)/127
-        self.register_buffer('weight', (weight.detach().float()/scale[:, None]).round().to(torch.int8))
+        self.register_buffer('weight', (weight.detach().float()/scale[:, None]).round().to(torch.int8).contiguous())
         self.register_buffer('scale', scale.bfloat16())
 
     def forward(self, x): # (..., in) bfloat16
