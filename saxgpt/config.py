@@ -410,6 +410,6 @@ def _run(func, short, frame):
     args = {k: v for k, v in vars(arguments(func, prog, short).parse_intermixed_args()).items() if k not in ('pdb', 'xtra')}
     with usage_errors():
         try: func(**args)
-        except KeyboardInterrupt:
-            print('saxgpt: interrupted', file=sys.stderr)
+        except KeyboardInterrupt as e:
+            print(': '.join(['saxgpt: interrupted', *map(str, e.args)]), file=sys.stderr)
             raise SystemExit(130) from None

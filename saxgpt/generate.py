@@ -269,9 +269,9 @@ def play(
         if not os.access(folder, os.W_OK): raise PermissionError(13, 'the folder is not writable', str(folder))
     with steps_bar(math.ceil(x.shape[1]/codec.hop)) as progress:
         solos = improvise(model, codec, x, [seed + i for i in range(n)], first, progress, **settings)
-    if solos.shape[1] < x.shape[1]: print(f'interrupted: the first {solos.shape[1]/SAMPLE_RATE:.1f} s are kept')
-    x = x[:, :solos.shape[1]]
+    cut, x = solos.shape[1] < x.shape[1], x[:, :solos.shape[1]]
     for i, (row, solo) in enumerate(zip(paths, solos)): write_solo(row, solo[None], x, truth, f'{"the demo backing" if str(backing) == "demo" else src.name}, seed {seed + i}')
+    if cut: raise KeyboardInterrupt(f'the first {x.shape[1]/SAMPLE_RATE:.1f} s are kept: {", ".join(str(p) for row in paths for p in row)}')
     return paths
 
 # %% ../nbs/08_generation.ipynb #562b7ab5

@@ -1,6 +1,7 @@
 "The commands as a person uses them: real files in, real processes, real signals."
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +74,23 @@ def test_bad_backing_is_one_line(tmp_path, make, says):
 def test_bad_argument_is_one_line(tmp_path, args):
     r = run('saxgpt.generate', 'demo', '-o', tmp_path/'solo.wav', *args, ok=False)
     assert r.returncode == 2 and r.stderr.strip().count('\n') == 0, r.stderr
+
+
+def test_whole_tune_after_a_beginning_and_ctrl_c_keeps_what_was_played(tmp_path):
+    x, rate = np.random.default_rng(0).normal(size=32000*600)*.05, 32000
+    sf.write(tmp_path/'tune.wav', x, rate)
+    sf.write(tmp_path/'begin.wav', np.sin(2*np.pi*220*np.arange(2*rate)/rate)/4, rate)
+    args = ['saxgpt.generate', tmp_path/'tune.wav', '-o', tmp_path/'solo.wav', '--prompt', tmp_path/'begin.wav']
+    with open(tmp_path/'bar', 'w') as bar:
+        p = subprocess.Popen([sys.executable, '-m', *map(str, args)], env=env, stdout=subprocess.DEVNULL, stderr=bar, start_new_session=True)
+        def frames(): return [int(n) for n in re.findall(r'(\d+)/30000 frames', (tmp_path/'bar').read_text())] or [0]
+        while p.poll() is None and frames()[-1] < 1700: time.sleep(.05)     # in the second window
+        p.send_signal(signal.SIGINT)
+        p.wait(60)
+    said = (tmp_path/'bar').read_text().splitlines()[-1]
+    assert p.returncode == 130 and 'interrupted: the first' in said and 'Traceback' not in said, said
+    solo, mix = (sf.read(tmp_path/n)[0] for n in ('solo.wav', 'solo-mix.wav'))
+    assert 1700*640 <= len(solo) == len(mix) < 30000*640
 
 
 # recordings to weights
