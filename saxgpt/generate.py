@@ -249,6 +249,7 @@ def play(
     codec=None, # Name or folder of the codec; None: the one that the checkpoint names
     prompt=None, # Audio file that the solo begins with and goes on from
     light:bool=False, # With the lighter copy of the model
+    compiled:bool=False, # With a compiled step, on a CPU
     **settings, # temperature, top_k, top_p, guidance of `play_codes`
 ) -> list: # (solo, mix, plot) paths for each solo
     "Play solos over a recording and write them, mixed and pictured too."
@@ -268,7 +269,7 @@ def play(
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK): raise PermissionError(13, 'the folder is not writable', str(folder))
     with steps_bar(math.ceil(x.shape[1]/codec.hop)) as progress:
-        solos = improvise(model, codec, x, [seed + i for i in range(n)], first, progress, **settings)
+        solos = improvise(model, codec, x, [seed + i for i in range(n)], first, progress, compiled=compiled, **settings)
     cut, x = solos.shape[1] < x.shape[1], x[:, :solos.shape[1]]
     for i, (row, solo) in enumerate(zip(paths, solos)): write_solo(row, solo[None], x, truth, f'{"the demo backing" if str(backing) == "demo" else src.name}, seed {seed + i}')
     if cut: raise KeyboardInterrupt(f'the first {x.shape[1]/SAMPLE_RATE:.1f} s are kept: {", ".join(str(p) for row in paths for p in row)}')
@@ -308,10 +309,11 @@ def main(
     prompt:str=None, # audio file that the solo begins with and goes on from
     seconds:float=None, # at most so much of the backing; all of it when absent
     light:bool=False, # faster and a little less exact: 8-bit weights on a CPU, half precision on a GPU
+    compile:bool=False, # compile the decoder's step first: seconds that pay for long tunes on a CPU; needs a C++ compiler
     codec:str=None, # name or folder of the codec; the one that the checkpoint names when absent
 ):
     "Play a saxophone solo over a backing track."
     t0 = time.time()
-    paths = play(backing, output, mix, plot, checkpoint, seed, n, seconds, codec, prompt, light,
+    paths = play(backing, output, mix, plot, checkpoint, seed, n, seconds, codec, prompt, light, compile,
                  temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
     report(paths, time.time() - t0, seed + n)

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,14 @@ def test_whole_tune_after_a_beginning_and_ctrl_c_keeps_what_was_played(tmp_path)
     assert p.returncode == 130 and 'interrupted: the first' in said and 'Traceback' not in said, said
     solo, mix = (sf.read(tmp_path/n)[0] for n in ('solo.wav', 'solo-mix.wav'))
     assert 1700*640 <= len(solo) == len(mix) < 30000*640
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'c++'))), reason='no C++ compiler on this machine')
+def test_compiled_steps_play_the_same(tmp_path):
+    for name, more in ('plain', ()), ('compiled', ['--compile']):
+        run('saxgpt.generate', 'demo', '-o', tmp_path/f'{name}.wav', '--seconds', 4, '--temperature', 0, *more)
+    plain, compiled = (sf.read(tmp_path/f'{n}.wav')[0] for n in ('plain', 'compiled'))
+    assert np.array_equal(plain, compiled)
 
 
 # recordings to weights

@@ -76,7 +76,7 @@ class KVCache:
         start:int, # Step of the first of them; a tensor (1,) for n = 1
     ) -> tuple: # Keys and values (B, H, start + n, Dh) so far, views; all there is room for when `start` is a tensor
         "Write `n` steps at `start` and return all up to there."
-        if isinstance(start, Tensor): return self.k.index_copy_(2, start, k), self.v.index_copy_(2, start, v)
+        if isinstance(start, Tensor): return tuple(old.index_copy_(2, start, new.to(old.dtype)) for old, new in ((self.k, k), (self.v, v)))
         end = start + k.shape[2]
         if end > self.k.shape[2]: raise ValueError(f'the cache has room for {self.k.shape[2]} steps and was asked for {end}')
         self.k[:, :, start:end], self.v[:, :, start:end] = k, v

@@ -29,7 +29,7 @@ import torch  # noqa: E402  the number of threads comes first
 from torch import nn  # noqa: E402
 
 from saxgpt.config import ModelConfig, RunConfig, load_config  # noqa: E402
-from saxgpt.model.decoding import GraphStep, Step, light  # noqa: E402
+from saxgpt.model.decoding import CompiledStep, GraphStep, Step, laid_out, light  # noqa: E402
 from saxgpt.model.transformer import SaxGPT, next_step_loss  # noqa: E402
 
 torch.set_num_threads(args.threads)
@@ -61,13 +61,13 @@ def codes(*shape): return torch.randint(0, 2048, shape, device=dev)
 
 def model_of(size, **kw):
     cfg = load_config(RunConfig, size).model.model_dump() | dict(fusion='cross', dropout=0., condition_dropout=0.) | kw
-    return SaxGPT(ModelConfig(**cfg)).eval().to(dev)
+    return laid_out(SaxGPT(ModelConfig(**cfg)).eval().to(dev))
 
 
-def stepper(model, B, frames=FRAMES, at=AT, steps=args.steps):
+def stepper(model, B, frames=FRAMES, at=AT, steps=args.steps, kind=GraphStep if gpu else Step):
     "A function that plays some steps, and the bytes that one of them reads."
     cache = model.start(model.encode(codes(B, 4, frames + 4)), frames + 4)
-    step, now = (GraphStep if gpu else Step)(model, cache, B), codes(B, 4)
+    step, now = kind(model, cache, B), codes(B, 4)
 
     def run():
         for s in range(at, at + steps): step(now, s).argmax(-1)
@@ -115,16 +115,19 @@ def bandwidth():
 def playing(out):
     copy = bandwidth()
     print(f'\nplaying: steps a second (context {AT} of {FRAMES} frames; copy bandwidth {copy/1e9:.0f} GB/s)')
-    names = ['ours', 'light', 'no cache', 'transformers', *(['compiled'] if gpu else []), 'floor']
-    print(f'{"size":8}{"batch":>6}' + ''.join(f'{n:>14}' for n in names) + f'{"ours/tr.":>10}{"light/tr.":>10}')
+    mine = ['ours', 'light', *([] if gpu else ['compiled', 'light compiled'])]
+    names = [*mine, 'no cache', 'transformers', *(['tr. compiled'] if gpu else []), 'floor']
+    print(f'{"size":8}{"batch":>6}' + ''.join(f'{n:>15}' for n in names) + f'   over transformers: {", ".join(mine)}')
     for size in args.sizes:
         model = model_of(size)
         for B in args.batches:
             (ours, read), (less, _), (bare, n) = stepper(model, B), stepper(light(model), B), uncached(model, B)
-            runs = dict(ours=ours, light=less, transformers=musicgen(model.cfg, B)) | (dict(compiled=musicgen(model.cfg, B, compiled=True)) if gpu else {})
+            runs = dict(ours=ours, light=less, transformers=musicgen(model.cfg, B))
+            if gpu: runs['tr. compiled'] = musicgen(model.cfg, B, compiled=True)
+            else: runs |= {n: stepper(m, B, kind=CompiledStep)[0] for n, m in (('compiled', model), ('light compiled', light(model)))}
             per = {k: args.steps/t for k, t in medians(runs).items()} | {'no cache': n/medians({'': bare}, 3)[''], 'floor': copy/read}
-            print(f'{size:8}{B:6}' + ''.join(f'{per[n]:14.0f}' for n in names)
-                  + f'{per["ours"]/per["transformers"]:9.2f}x{per["light"]/per["transformers"]:9.2f}x', flush=True)
+            print(f'{size:8}{B:6}' + ''.join(f'{per[n]:15.0f}' for n in names)
+                  + '   ' + ' '.join(f'{per[n]/per["transformers"]:.2f}x' for n in mine), flush=True)
             out[f'{size} x {B}'] = per
 
 
