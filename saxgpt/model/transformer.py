@@ -38,8 +38,9 @@ class Memory:
         "The memory of one item for `n` of them, without copying"
         return Memory(self.x.expand(n, -1, -1), None if self.mask is None else self.mask.expand(n, -1))
 
-# %% ../../nbs/06_model.ipynb #67fdad9a
-class SaxGPT(nn.Module, ModelHubMixin, library_name='saxgpt', tags=['audio', 'music', 'saxophone'], license='apache-2.0'):
+# %% ../../nbs/06_model.ipynb #1532e0be
+class SaxGPT(nn.Module, ModelHubMixin, library_name='saxgpt', tags=['audio', 'music', 'saxophone'], license='apache-2.0',
+             repo_url='https://github.com/pqienso/SaxGPT'):
     "From the codes of a backing and of a lead so far to the logits of the lead's next step."
     def __init__(self,
         cfg:ModelConfig, # Architecture

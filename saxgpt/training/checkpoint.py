@@ -120,26 +120,37 @@ def load_weights(
 
 def from_hub(
     name:str, # USER/NAME on the hub
-    **where # revision, cache_dir, token, local_files_only, force_download
+    local_files_only:bool=False, # look in the cache only
+    **where # revision, cache_dir, token, force_download
 )->Path: # its files on this machine
     "Fetch a checkpoint from the hub, or find it in the cache."
-    from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(name, allow_patterns=['*.json', 'model.safetensors', 'README.md'], **where))
-    except Exception as e: raise CheckpointError(f'{name}: there is no such checkpoint folder, nor could it be had from the hub ({type(e).__name__}); '
-        'check the name, or go online once') from None
+    from huggingface_hub import HfApi, snapshot_download
+    why = None
+    if not local_files_only:
+        try: HfApi(token=where.get('token')).model_info(name, revision=where.get('revision'), timeout=10)   # a download would wait for ever
+        except Exception as e: why = e
+    try: return Path(snapshot_download(name, allow_patterns=['*.json', '*.safetensors', 'README.md'], local_files_only=local_files_only or bool(why), **where))
+    except Exception as e:
+        said = f'{type(why or e).__name__}: {(str(why or e).splitlines() or [""])[0]}'
+        raise CheckpointError(f'{name}: there is no such checkpoint folder, nor could it be had from the hub ({said}); check the name, or go online once') from None
 
 def load_model(
     path='bundled', # a checkpoint folder, 'bundled', or USER/NAME on the hub
     device='cpu', # where the model goes
-    **where # of a model on the hub: revision, cache_dir, token, local_files_only
+    **where # of a model on the hub, as for `from_hub`: revision, cache_dir, token, local_files_only, force_download
 )->tuple[SaxGPT, dict]: # the model in eval mode; config, codec_name, codec_hash, step, metrics, versions, source
     "The model of a checkpoint, ready to play."
     folder, source = weights_dir()/'xsmall' if str(path) == 'bundled' else Path(path), str(path)
-    if not folder.is_dir() and re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', source): folder = from_hub(source, **where)
-    about = verify(folder) | dict(source=f'{source}{"@" + where["revision"] if where.get("revision") else ""}, weights {file_hash(folder/"model.safetensors")[:16]}')
+    if far := not folder.is_dir() and bool(re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', source)):
+        folder = from_hub(source, **where)
+        if where.get('revision'): source += f'@{where["revision"]}'
+    try: about = verify(folder)
+    except CheckpointError as e: raise CheckpointError(f'{source}: {e}; or remove {folder.parent.parent} to fetch it again') from None if far else e
+    about |= dict(source=f'{source}, weights {file_hash(folder/"model.safetensors")[:16]}')
     model = SaxGPT(parse(RunConfig, about['config'], str(folder/'config.json')).model)
     load_weights(model, folder)
-    model.about = about
+    model.about, card = about, folder/'README.md'
+    model.card = card.read_text(encoding='utf-8') if card.is_file() else None
     return laid_out(model.float().to(device).eval()), about
 
 def load_trainer_state(
@@ -172,12 +183,14 @@ def _save_pretrained(self:SaxGPT, save_directory):
     about, folder = getattr(self, 'about', None), Path(save_directory)
     if not about: raise CheckpointError('a model that was not loaded from a checkpoint does not know its codec; save it with save_checkpoint')
     if any(folder.iterdir()) and not (folder/'hashes.json').is_file(): raise CheckpointError(f'{folder}: exists and is no checkpoint; name a new folder')
+    card = (folder/'README.md').read_text(encoding='utf-8') if (folder/'README.md').is_file() else self.card
     save_checkpoint(folder, self, parse(RunConfig, about['config']), about, dtype=torch.float16, step=about['step'], metrics=about['metrics'])
+    if card: (folder/'README.md').write_text(card, encoding='utf-8')
 
 @patch(cls_method=True)
-def _from_pretrained(cls:SaxGPT, *, model_id, revision=None, cache_dir=None, force_download=False, local_files_only=False, token=None, map_location='cpu', **kw):
-    "What `from_pretrained` reads: a folder, or a name on the hub."
-    return load_model(model_id, map_location, revision=revision, cache_dir=cache_dir, force_download=force_download,
+def from_pretrained(cls:SaxGPT, path, *, map_location='cpu', revision=None, cache_dir=None, force_download=False, local_files_only=False, token=None):
+    "A model from a folder, or by its name on the hub."
+    return load_model(path, map_location, revision=revision, cache_dir=cache_dir, force_download=force_download,
                       local_files_only=local_files_only, token=token)[0]
 
 # %% ../../nbs/07b_checkpoint.ipynb #f9dfe98a
