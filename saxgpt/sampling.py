@@ -15,7 +15,7 @@ def keep_top(
     top_k:int=0, # Codes to keep; 0: all
     top_p:float=0., # Share of the probability to keep; 0 or 1: all
 ) -> Tensor: # (..., V), minus infinity where a code is out
-    "Only the likeliest codes: at most `top_k`, and the fewest that make up `top_p`."
+    "Only the likeliest codes: `top_k` and those that tie with the last of them, and the fewest that make up `top_p`."
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -42,6 +42,7 @@ def each(
     what:str, # Its name, for the message
 ) -> list: # K numbers
     "A setting for each codebook."
+    value = value.tolist() if hasattr(value, 'tolist') else value
     values = list(value) if isinstance(value, (list, tuple)) else [value]*K
     if len(values) != K: raise ValueError(f'{what}: given {len(values)} numbers; give one, or one for each of the {K} codebooks')
     return values
@@ -57,7 +58,7 @@ def check_settings(
     def ensure(ok, what):
         if not ok: raise ValueError(what)
     for t in each(temperature, K, 'temperature'): ensure(0 <= t < float('inf'), f'temperature must be 0 or more, not {t}')
-    for k in each(top_k, K, 'top-k'): ensure(k >= 0 and k == int(k), f'top-k must be a whole number, 0 or more (0: all codes), not {k}')
+    for k in each(top_k, K, 'top-k'): ensure(0 <= k < float('inf') and k == int(k), f'top-k must be a whole number, 0 or more (0: all codes), not {k}')
     for p in each(top_p, K, 'top-p'): ensure(0 <= p <= 1, f'top-p must be between 0 and 1 (0: all codes), not {p}')
     ensure(0 <= guidance < float('inf'), f'guidance must be 0 or more (1: none), not {guidance}')
 
@@ -75,7 +76,7 @@ class Sampler:
         self.groups = [(s, [k for k in range(K) if settings[k] == s]) for s in dict.fromkeys(settings)]
 
     def draw(self, logits, temperature, top_k, top_p, generators):
-        if temperature == 0: return logits.argmax(-1)
+        if temperature < 1e-6: return logits.argmax(-1)        # so little that logits divided by it would overflow
         return race(keep_top(logits if temperature == 1 else logits/temperature, top_k, top_p), generators)
 
     def __call__(self,

@@ -87,12 +87,14 @@ class Int8Linear(nn.Module):
         weight:Tensor, # (out, in)
     ):
         super().__init__()
-        scale = weight.detach().float().abs().amax(1).clamp(min=1e-8)/127
-        self.register_buffer('weight', (weight.detach().float()/scale[:, None]).round().to(torch.int8).contiguous())
+        weight, self.pad = weight.detach().float(), -weight.shape[1] % 16      # torch reads 16 numbers at a time, and does not look whether they are there
+        scale = weight.abs().amax(1).clamp(min=1e-8)/127
+        self.register_buffer('weight', nn.functional.pad((weight/scale[:, None]).round(), (0, self.pad)).to(torch.int8).contiguous())
         self.register_buffer('scale', scale.bfloat16())
 
     def forward(self, x): # (..., in) bfloat16
-        return torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.weight, self.scale).view(*x.shape[:-1], -1)
+        y = nn.functional.pad(x, (0, self.pad)) if self.pad else x
+        return torch._weight_int8pack_mm(y.reshape(-1, y.shape[-1]), self.weight, self.scale).view(*x.shape[:-1], -1)
 
 def light(
     model:SaxGPT, # In eval mode; stays as it is
@@ -167,7 +169,7 @@ class Window:
 @torch.inference_mode()
 def play_codes(
     model:SaxGPT, # In eval mode
-    backing:Tensor, # Codes (B, K, T), T of any size; B = 1 serves all seeds
+    backing, # Codes (B, K, T), T of any size, or what has such a shape and gives them by slices of time; B = 1 serves all seeds
     seeds:list, # One for each solo
     prompt:Tensor=None, # Codes (B, K, P) to begin with; B = 1 serves all seeds
     temperature=1., # 0: always the likeliest code; one number or one for each codebook, as are the next two
