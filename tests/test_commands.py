@@ -83,11 +83,12 @@ def test_whole_tune_after_a_beginning_and_ctrl_c_keeps_what_was_played(tmp_path)
     sf.write(tmp_path/'begin.wav', np.sin(2*np.pi*220*np.arange(2*rate)/rate)/4, rate)
     args = ['saxgpt.generate', tmp_path/'tune.wav', '-o', tmp_path/'solo.wav', '--prompt', tmp_path/'begin.wav']
     with open(tmp_path/'bar', 'w') as bar:
-        p = subprocess.Popen([sys.executable, '-m', *map(str, args)], env=env, stdout=subprocess.DEVNULL, stderr=bar, start_new_session=True)
+        p = subprocess.Popen([sys.executable, '-m', *map(str, args)], env=env, stdout=subprocess.DEVNULL, stderr=bar, start_new_session=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # ignored, where the tests run in the background
         def frames(): return [int(n) for n in re.findall(r'(\d+)/30000 frames', (tmp_path/'bar').read_text())] or [0]
         while p.poll() is None and frames()[-1] < 1700: time.sleep(.05)     # in the second window
         p.send_signal(signal.SIGINT)
-        p.wait(60)
+        p.wait(300)
     said = (tmp_path/'bar').read_text().splitlines()[-1]
     assert p.returncode == 130 and 'interrupted: the first' in said and 'Traceback' not in said, said
     solo, mix = (sf.read(tmp_path/n)[0] for n in ('solo.wav', 'solo-mix.wav'))
