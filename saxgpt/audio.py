@@ -332,6 +332,10 @@ def loudness(
 )->float: # LUFS, -inf for silence
     "Integrated loudness (ITU-R BS.1770); a sound below 0.4 s is one block."
     if not x.size or not np.any(x): return -np.inf
+    if x.shape[1] > 300*sr:                                          # block by block: the filters work in double precision
+        long = LoudnessMeter(sr)
+        for i in range(0, x.shape[1], 30*sr): long.add(x[:, i:i + 30*sr])
+        return long.value
     meter = pyloudnorm.Meter(sr, block_size=min(.4, (x.shape[1] - .5)/sr))
     with np.errstate(divide='ignore', invalid='ignore'): l = meter.integrated_loudness(x[:5].T.astype('f8'))
     return float(l) if np.isfinite(l) else -np.inf
