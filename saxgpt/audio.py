@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'PLAYABLE', 'AudioError', 'resample', 'plot_spectrogram', 'to_mono', 'read_audio', 'load_mono',
-           'Stream', 'stream', 'probe', 'write_audio', 'write_stream', 'loudness', 'normalize_loudness',
-           'LoudnessMeter', 'mix', 'log_mel', 'player']
+           'resampled', 'Stream', 'stream', 'probe', 'write_audio', 'write_stream', 'Spool', 'loudness',
+           'normalize_loudness', 'LoudnessMeter', 'mix', 'log_mel', 'player']
 
-# %% ../nbs/11_audio.ipynb #57170097
-import io, math, os
-from contextlib import contextmanager
+# %% ../nbs/11_audio.ipynb #31bfaf77
+import io, math, os, tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -231,14 +230,31 @@ def _gathered(
     size:int, # samples
 ): # yields (C,n), n of at least `size` but for the last
     "Small pieces put together to larger ones."
-    kept = []
+    kept, n = [], 0
     for x in pieces:
         kept.append(x)
-        if sum(k.shape[1] for k in kept) >= size:
+        n += x.shape[1]
+        if n >= size:
             yield np.concatenate(kept, 1)
-            kept = []
+            kept, n = [], 0
     if kept: yield np.concatenate(kept, 1)
 
+def resampled(
+    blocks, # iterable of (C,n)
+    sr:float, # their rate, Hz
+    to:float, # wanted rate, Hz
+    quality:str='VHQ', # of soxr's filter
+): # yields float32 (C,m)
+    "A sound given in blocks at another rate: one filter runs through all of them."
+    change = None
+    for x in blocks:
+        if sr == to: yield x
+        elif x.shape[1]:
+            rows, change = len(x), change or soxr.ResampleStream(sr, to, len(x), quality=quality)
+            yield change.resample_chunk(np.ascontiguousarray(x.T, 'f4')).T
+    if change: yield change.resample_chunk(np.zeros((0, rows), 'f4'), last=True).T
+
+# %% ../nbs/11_audio.ipynb #3915e85f
 class Stream:
     "Blocks of a sound file: float32 (C,n), at `sr` Hz; every iteration begins at the start of the file."
     peak = 0. # largest absolute sample of the file, known at the end of an iteration
@@ -251,16 +267,14 @@ class Stream:
         self.sr, self.channels = sr or told.sr, 1 if mono else self.file_channels
 
     def __iter__(self):
-        change = soxr.ResampleStream(self.file_sr, self.sr, self.channels, quality='VHQ') if self.sr != self.file_sr else None
-        told, n, peak = SimpleNamespace(), 0, 0.
-        for x in _gathered(_heard(self.path, told), int(self.block_s*self.file_sr)):
-            n, peak = n + x.shape[1], max(peak, float(_peak(x)))
-            if self.mono: x = to_mono(x)
-            if change: x = change.resample_chunk(np.ascontiguousarray(x.T, 'f4')).T
+        n, peak = 0, 0.
+        def measured():
+            nonlocal n, peak
+            for x in _gathered(_heard(self.path, SimpleNamespace()), int(self.block_s*self.file_sr)):
+                n, peak = n + x.shape[1], max(peak, float(_peak(x)))
+                yield to_mono(x) if self.mono else x
+        for x in resampled(measured(), self.file_sr, self.sr):
             if x.size: yield np.ascontiguousarray(x, 'f4')
-        if change:
-            x = change.resample_chunk(np.zeros((0, self.channels), 'f4'), last=True).T
-            if x.size: yield np.ascontiguousarray(x)
         self.peak, self.seconds = peak, n/self.file_sr
 
 def stream(
@@ -325,6 +339,29 @@ def write_stream(
         except (sf.LibsndfileError, AssertionError): raise _unwritten(path) from None
     return n
 
+# %% ../nbs/11_audio.ipynb #8980f14b
+class Spool:
+    "Sound of any length that waits on the disk, as floats, until its level is known."
+    def __init__(self,
+        folder, # on the disk that is to be used
+    ): self.file, self.channels = tempfile.TemporaryFile(dir=folder, buffering=0), 0
+    def __enter__(self): return self
+    def __exit__(self, *args): self.file.close()
+
+    def add(self,
+        x:np.ndarray, # (C,n)
+    ):
+        "Put a block behind the others."
+        self.channels, data = len(x), memoryview(np.ascontiguousarray(x.T, 'f4')).cast('B')
+        while data: data = data[self.file.write(data):]
+
+    def blocks(self,
+        n:int=2**20, # samples at a time
+    ): # yields float32 (C,n)
+        "All of it, from the beginning."
+        self.file.seek(0)
+        while b := self.file.read(4*self.channels*n): yield np.frombuffer(b, 'f4').reshape(-1, self.channels).T
+
 # %% ../nbs/11_audio.ipynb #af7c495d
 def loudness(
     x:np.ndarray, # (C,N)
@@ -355,17 +392,18 @@ def normalize_loudness(
 # %% ../nbs/11_audio.ipynb #9d0babbd
 class LoudnessMeter:
     "Integrated loudness (ITU-R BS.1770) of a sound given in blocks, as `loudness` of the whole."
-    def __init__(self, sr:int=SAMPLE_RATE): self.sr, self.n, self.powers, self.state, self.rest = sr, 0, [], None, None
+    def __init__(self, sr:int=SAMPLE_RATE):
+        self.sr, self.n, self.powers, self.state, self.rest = sr, 0, [], None, None
+        self.filters = list(pyloudnorm.Meter(sr)._filters.values())
 
     def add(self,
         x:np.ndarray, # (C,n)
     ):
         "Go on with the next block."
-        filters = list(pyloudnorm.Meter(self.sr)._filters.values())
         x = np.asarray(x[:5], 'f8')
-        if self.state is None: self.state, self.rest = [np.zeros((len(x), len(f.b) - 1)) for f in filters], x[:, :0]
+        if self.state is None: self.state, self.rest = [np.zeros((len(x), len(f.b) - 1)) for f in self.filters], x[:, :0]
         if self.n < .5*self.sr: self.head = np.concatenate([self.head, x], 1) if self.n else x     # a very short sound is one block
-        for i, f in enumerate(filters):
+        for i, f in enumerate(self.filters):
             x, self.state[i] = scipy.signal.lfilter(f.b, f.a, x, zi=self.state[i])
             x = x*f.passband_gain
         x, done = np.concatenate([self.rest, x], 1), self.n - self.rest.shape[1]

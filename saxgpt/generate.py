@@ -23,7 +23,7 @@ from .config import command
 from .demo import demo_backing
 from .files import atomic_path
 from .metrics import chord_tone_share
-from .model.decoding import generate_codes, light as lighten, play_codes
+from .model.decoding import light as lighten, play_codes
 from .model.transformer import SaxGPT
 from .sampling import check_settings
 from .training.checkpoint import load_model

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.script import Param
 from .config import ConfigError, DataConfig, command, device_name, load_config, to_dict
-from .files import WriteError, content_hash, file_hash, is_name, locked, read_jsonl, sweep, write_text
+from .files import caught, content_hash, file_hash, is_name, locked, printable, read_jsonl, sweep, write_text
 
 # %% ../nbs/13_pipeline.ipynb #56e03ba1
 STAGES = 'download', 'stems', 'windows', 'augment', 'codes', 'dataset'
@@ -53,11 +53,7 @@ def run_stage(name:str, # one of `STAGES`
     return Outcome(name, res.get('n_in', len(done)+len(failed)), len(done), failed, dropped, res.get('hours'), res.get('made'),
                    time.perf_counter()-start, res.get('notes', []), res.get('skipped', False))
 
-# %% ../nbs/13_pipeline.ipynb #fc20eeda
-def _plain(s): # a title may hold anything, line breaks too
-    "In one line of printable characters"
-    return ''.join(c if c.isprintable() else ' ' for c in str(s))
-
+# %% ../nbs/13_pipeline.ipynb #5b8e00f8
 def table(outcomes:list)->str: # several lines
     "Stages as a table: in, out, failed, dropped, hours, seconds, realtime factor; and why things were dropped"
     rows = [('stage', 'in', 'out', 'failed', 'dropped', 'hours', 'seconds', 'x real time')]
@@ -67,18 +63,17 @@ def table(outcomes:list)->str: # several lines
         rows.append((o.stage, *(['-']*7 if o.skipped else map(str, cells))))
     lines = [f'{r[0]:<10}' + ''.join(f'{c:>9}' for c in r[1:-1]) + f'{r[-1]:>13}' for r in rows]
     for o in outcomes:
-        lines += [f'{o.stage}: {_plain(n)}' for n in o.notes]
+        lines += [f'{o.stage}: {printable(n)}' for n in o.notes]
         for why in sorted(set(o.dropped.values())):
-            items = [_plain(k) for k,v in o.dropped.items() if v == why]
-            lines.append(f'{o.stage}: dropped {len(items)} ({", ".join(items[:20])}{f" and {len(items)-20} more" if len(items) > 20 else ""}): {_plain(why)}')
+            items = [printable(k) for k,v in o.dropped.items() if v == why]
+            lines.append(f'{o.stage}: dropped {len(items)} ({", ".join(items[:20])}{f" and {len(items)-20} more" if len(items) > 20 else ""}): {printable(why)}')
     return '\n'.join(lines)
 
 # %% ../nbs/13_pipeline.ipynb #1ba5805e
 def _at(folder, fn, item): # what a Ray worker does
     "The result of `fn`, or its exception, with relative paths meaning what they mean to the driver"
     os.chdir(folder)
-    try: return fn(item)
-    except Exception as e: return e
+    return caught(fn, item)
 
 class Ray:
     "Workers of a Ray cluster, in the place of `saxgpt.files.Processes`"
@@ -191,13 +186,13 @@ def _named(what:str): # MODULE:NAME
     try:
         found = getattr(importlib.import_module(module), name)
         found = found() if isinstance(found, type) else found
-    except Exception as e: raise ConfigError(f'--separator: {what} cannot be had ({type(e).__name__}: {_plain(e)}); it is MODULE:NAME') from None
+    except Exception as e: raise ConfigError(f'--separator: {what} cannot be had ({type(e).__name__}: {printable(e)}); it is MODULE:NAME') from None
     if not hasattr(found, 'separate'): raise ConfigError(f'--separator: {what} has no method separate(x, sr)')
     return found
 
 def _complaint(stage, item, why): # a line for stderr
     "What failed and why, the item named once"
-    item, why = _plain(item), _plain(why)
+    item, why = printable(item), printable(why)
     return f'saxgpt: {stage}: {why}' if why.split(': ')[0].endswith(item) else f'saxgpt: {stage}: {item}: {why}'
 
 # %% ../nbs/13_pipeline.ipynb #9e2e0e1c

@@ -10,10 +10,10 @@ __all__ = ['spectra', 'vocode', 'overlap_add', 'variants', 'shifted', 'shift', '
 import json, tempfile
 from functools import partial
 from pathlib import Path
-import librosa, numpy as np, soundfile as sf, soxr
-from ..audio import probe, write_stream
+import librosa, numpy as np, soundfile as sf
+from ..audio import Spool, probe, resampled, write_stream
 from ..config import AugmentConfig, DataConfig
-from ..files import atomic_dir, content_hash, map_parallel, prune, read_table, write_jsonl
+from ..files import atomic_dir, content_hash, map_parallel, prune, read_table, reason, write_jsonl
 
 # %% ../../nbs/03_augmentation.ipynb #f3c0acc6
 def spectra(read, # (start, stop) -> float32 (C, stop-start)
@@ -67,17 +67,12 @@ def variants(a:AugmentConfig)->dict: # name -> (semitones, speed)
     out = {f'pitch{s:g}': (s, 1.) for s in a.semitone_steps if s}
     return out | {f'tempo{r:g}': (0., r) for r in a.tempo_ratios if r != 1}
 
-def _resampled(blocks, sr, to, channels): # as `librosa.resample`, in one stream
-    s = soxr.ResampleStream(sr, to, channels, quality='HQ')
-    for x in blocks: yield s.resample_chunk(np.ascontiguousarray(x.T)).T
-    yield s.resample_chunk(np.zeros((0, channels), np.float32), last=True).T
-
 def shifted(read, n:int, channels:int, # (start, stop) -> float32 (C, stop-start); samples in all; C
             sr:int, semitones:float, speed:float, a:AugmentConfig): # yields float32 (C, m), round(n/speed) samples in all
     "A sound at another pitch or another speed, block by block"
     factor, left = 2**(-semitones/12), round(n/speed)
     blocks = overlap_add(vocode(read, n, speed*factor, a.n_fft, a.hop_length), a.n_fft, a.hop_length)
-    if semitones: blocks = _resampled(blocks, sr/factor, sr, channels)
+    if semitones: blocks = resampled(blocks, sr/factor, sr, 'HQ')      # the quality of `librosa.resample`
     for x in blocks:
         if left and x.shape[1]: yield x[:,:left]
         left = max(0, left-x.shape[1])
@@ -107,32 +102,26 @@ def read_clip(clip)->tuple: # contents of clip.json, {track: probe}
     if len({(t['seconds'], t['sr']) for t in tracks.values()}) > 1: raise _again(clip, 'lead and backing differ in length or rate')
     return info, tracks
 
-# %% ../../nbs/03_augmentation.ipynb #1fd19426
-def _write(f, data):
-    while data: data = data[f.write(data):]
-
+# %% ../../nbs/03_augmentation.ipynb #66deb4f0
 def make_copy(clip, info:dict, tracks:dict, # folder, and as from `read_clip`
               out, # folder to make
               semitones:float, speed:float, a:AugmentConfig, **told): # more for clip.json
     "Write one copy, in bounded memory"
-    with atomic_dir(out) as d, tempfile.TemporaryFile(dir=d, buffering=0) as lead, tempfile.TemporaryFile(dir=d, buffering=0) as backing:
+    with atomic_dir(out) as d, Spool(d) as lead, Spool(d) as backing:
         top, waiting = 1., dict(lead=lead, backing=backing)
-        for k,raw in waiting.items():
+        for k,spool in waiting.items():
             with sf.SoundFile(clip/f'{k}.wav') as f:
                 def read(i, j): f.seek(i); return f.read(j-i, dtype='float32', always_2d=True).T
                 for x in shifted(read, f.frames, f.channels, f.samplerate, semitones, speed, a):
                     top = max(top, float(np.abs(x).max()))
-                    _write(raw, memoryview(np.ascontiguousarray(x.T)).cast('B'))
-        for k,raw in waiting.items():
-            raw.seek(0); c = tracks[k]['channels']
-            blocks = (np.frombuffer(b, np.float32).reshape(-1, c).T/np.float32(top) for b in iter(lambda: raw.read(c << 20), b''))
-            write_stream(d/f'{k}.wav', blocks, tracks[k]['sr'])
+                    spool.add(x)
+        for k,spool in waiting.items(): write_stream(d/f'{k}.wav', (x/np.float32(top) for x in spool.blocks()), tracks[k]['sr'])
         (d/'clip.json').write_text(json.dumps(dict(info, clip=Path(out).name, duration_s=round(info['duration_s']/speed, 4), **told)))
 
 def augment_clip(clip, # folder of a clip
                  aug_dir, a:AugmentConfig)->int: # how many copies had to be made
     "Make all copies of one clip; existing ones stay"
-    clip, made = Path(clip), 0
+    clip = Path(clip)
     todo = {copy_id(clip.name, v, a): v for v in variants(a)}
     todo = {name: v for name,v in todo.items() if not (Path(aug_dir)/name/'clip.json').is_file()}
     if not todo: return 0
@@ -162,7 +151,7 @@ def run(cfg:DataConfig, device='cpu',
     work = partial(_work, clips_dir=p.clips_dir, aug_dir=p.aug_dir, a=a)
     for clip,r in map_parallel(work, sorted(clips), n_jobs, 'augment' if progress and clips else None, clips.get):
         mine = copies_of(clip, clips[clip], a)
-        if isinstance(r, Exception): failed[clip] = str(r) or type(r).__name__
+        if isinstance(r, Exception): failed[clip] = reason(r)
         else: copies, made = copies|mine, made+sum(mine.values())*bool(r)
     prune(out, set(copies))
     if copies or out.is_dir(): write_jsonl(out/'manifest.jsonl', [dict(clip=c) for c in sorted(copies)])

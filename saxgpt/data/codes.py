@@ -16,7 +16,7 @@ import soundfile as sf, torch
 from ..audio import load_mono, probe
 from ..codec import Codec, load_codec
 from ..config import DataConfig
-from ..files import is_name, map_parallel, read_manifest, read_table, read_tensors, write_jsonl, write_tensors
+from ..files import caught, is_name, map_parallel, read_manifest, read_table, read_tensors, reason, write_jsonl, write_tensors
 
 # %% ../../nbs/04_tokenization.ipynb #270b2ae6
 class Track:
@@ -123,20 +123,16 @@ class Groups:
                 for clip, r in self.encode(opened, fn):
                     if clip in index: yield index[clip], r
 
-    def open(self, group): return {clip: _caught(open_clip, clip) for clip in group}
+    def open(self, group): return {clip: caught(open_clip, clip) for clip in group}
 
     def encode(self, opened, fn): # yields (clip, result or exception)
         good = {clip: o for clip, o in opened.items() if not isinstance(o, Exception)}
         yield from ((clip, o) for clip, o in opened.items() if clip not in good)
-        codes = _caught(self.codec.encode_many, [t for _, tracks in good.values() for t in tracks], self.pieces)
+        codes = caught(self.codec.encode_many, [t for _, tracks in good.values() for t in tracks], self.pieces)
         for i, (clip, (info, tracks)) in enumerate(good.items()):
             path = self.codes_dir/f'{clip.name}.safetensors'
-            yield clip, _caught(fn, clip) if isinstance(codes, Exception) else _caught(save_codes, path, info, *codes[2*i:2*i + 2], self.codec)
+            yield clip, caught(fn, clip) if isinstance(codes, Exception) else caught(save_codes, path, info, *codes[2*i:2*i + 2], self.codec)
             for t in tracks: t.close()
-
-def _caught(fn, *args):
-    try: return fn(*args)
-    except Exception as e: return e
 
 # %% ../../nbs/04_tokenization.ipynb #50c65c1f
 def chosen_clips(
@@ -178,7 +174,7 @@ def run(
     if str(device) != 'cpu' and isinstance(n_jobs, int): n_jobs = Groups(grouped(seconds), codes_dir, codec)
     work = partial(_work, codes_dir=codes_dir, codec=which)
     for clip, r in map_parallel(work, todo, n_jobs, 'codes' if progress else None, seconds.get):
-        if isinstance(r, Exception): failed[clip.name] = str(r) or type(r).__name__
+        if isinstance(r, Exception): failed[clip.name] = reason(r)
         else: frames[clip.name], made = r, made + r
     write_jsonl(codes_dir/'manifest.jsonl', [dict(clip=name, frames=frames[name]) | codec.fingerprint() for name in sorted(frames)])
     hours = codec.frame_rate*3600

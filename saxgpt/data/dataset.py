@@ -9,7 +9,6 @@ __all__ = ['SPLITS', 'DatasetError', 'split_of', 'read_header', 'map_tensors', '
 
 # %% ../../nbs/05_dataset.ipynb #ec3c19cd
 import json
-from collections import Counter
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +17,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from .. import __version__
 from ..config import DataConfig
-from ..files import atomic_path, content_hash, file_hash, is_name, map_parallel, read_jsonl, read_manifest
+from ..files import atomic_path, content_hash, file_hash, is_name, map_parallel, printable, read_jsonl, read_manifest, reason
 from ..patterns import delay
 
 # %% ../../nbs/05_dataset.ipynb #c4f6e32b
@@ -107,7 +106,7 @@ def scan_clips(paths, # files of the codes stage
     "Check code files, each by itself and all together"
     clips, failed = [], {}
     for p,r in map_parallel(partial(read_clip, padding_idx=padding_idx), paths, 1, desc):
-        if isinstance(r, Exception): failed[p.stem] = str(r) or type(r).__name__
+        if isinstance(r, Exception): failed[p.stem] = reason(r)
         else: clips.append(r)
     for c in clips:
         for what in ('codec_name', 'codec_hash'):
@@ -356,8 +355,7 @@ def _table(head, rows): return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' f
 
 def as_markdown(d:dict)->str: # a datasheet
     "The datasheet for people"
-    def shown(t): return ''.join(c if c.isprintable() else ' ' for c in str(t)).replace('|', '/')
-    titles = {r['recording']: shown(r.get('title', r['recording'])) for r in d['recordings']}
+    titles = {r['recording']: printable(r.get('title', r['recording'])).replace('|', '/') for r in d['recordings']}
     keys = 'hours', 'recordings', 'clips', 'copies', 'windows'
     c = d['codec']
     parts = ['# Datasheet', f'Made with SaxGPT {d["saxgpt"]}; codec {c["name"]} ({c["hash"]}), {c["codebooks"]} codebooks at {c["frame_rate"]:g} frames a second.',

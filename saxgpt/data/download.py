@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..audio import AudioError, probe
 from ..config import ConfigError, DataConfig, DownloadConfig
-from ..files import FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash, map_parallel, read_jsonl, write_jsonl
+from ..files import FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash, map_parallel, printable, read_jsonl, reason, write_jsonl
 
 # %% ../../nbs/00_data_download.ipynb #db4938b3
 AUDIO_SUFFIXES = {'.wav','.flac','.ogg','.oga','.opus','.mp3','.m4a','.mp4','.aac','.webm','.mka','.aif','.aiff','.wma'}
@@ -209,7 +209,7 @@ class Archive:
 # %% ../../nbs/00_data_download.ipynb #3535ae1a
 def _shown(s, n=100):
     "Text that cannot play tricks on a terminal"
-    s = ' '.join(''.join(c if c.isprintable() else ' ' for c in _utf8(str(s))).split())
+    s = ' '.join(printable(_utf8(str(s))).split())
     return s if len(s) <= n else s[:n-1]+'…'
 
 def _said(e):
@@ -435,13 +435,13 @@ def _online(cfg, urls, progress):
 def run(cfg:DataConfig, device='cpu',
         n_jobs=1, progress:bool=False)->dict: # done: ids, failed and dropped: {title: reason}, n_in, hours, made (in this run), notes
     "Put every recording of the source and of the addresses into `dl_dir` and write its `manifest.jsonl`"
-    if not cfg.source and not (urls := addresses(cfg.url)):
-        raise ConfigError('source: missing, and url too; give the folder of your recordings, such as source=~/Music/jazz')
     out, entries, failed, dropped, notes = Path(cfg.data_paths.dl_dir), {}, {}, {}, []
     recs, urls = find_recordings(_source(cfg)) if cfg.source else [], addresses(cfg.url)
+    if not cfg.source and not urls:
+        raise ConfigError('source: missing, and url too; give the folder of your recordings, such as source=~/Music/jazz')
     there, found = {p.parent.name for p in out.glob('*/recording.json')}, []
     for rec,r in map_parallel(partial(ingest, dl_dir=out), recs, n_jobs, 'download' if progress and recs else None):
-        if isinstance(r, Exception): failed[_shown(rec.title, 300)] = str(r) or type(r).__name__
+        if isinstance(r, Exception): failed[_shown(rec.title, 300)] = reason(r)
         else: found.append(r)
     if urls: online, refused, notes = _online(cfg, urls, progress); found += online; failed |= refused
     for e in found:

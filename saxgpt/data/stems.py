@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
-import numpy as np, soxr, yaml
+import numpy as np, yaml
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from ..audio import SAMPLE_RATE, LoudnessMeter, loudness, stream, to_mono, write_stream
+from ..audio import SAMPLE_RATE, LoudnessMeter, Spool, loudness, resampled, stream, to_mono, write_stream
 from ..config import ConfigError, DataConfig, DemucsConfig
-from ..files import WriteError, atomic_dir, content_hash, file_hash, is_name, map_parallel, read_manifest, read_tensors, write_jsonl, write_tensors
+from ..files import atomic_dir, content_hash, file_hash, is_name, map_parallel, read_manifest, read_tensors, write_jsonl, write_tensors
 
 # %% ../../nbs/01_stem_separation.ipynb #1aa109da
 def gain_to(level:float, # loudness, LUFS
@@ -321,20 +321,10 @@ def regular(blocks, # iterable of (R, n)
             kept = kept[:,size:]
     if kept is not None and kept.shape[1]: yield kept
 
-def _at_32k(blocks, sr):
-    "A stream of (R, n) at 32 kHz"
-    change, rows = None, 1
-    for x in blocks:
-        if sr == SAMPLE_RATE: yield x
-        elif x.shape[1]:
-            rows, change = len(x), change or soxr.ResampleStream(sr, SAMPLE_RATE, len(x), quality='VHQ')
-            yield change.resample_chunk(np.ascontiguousarray(x.T)).T
-    if change: yield change.resample_chunk(np.zeros((0, rows), 'f4'), last=True).T
-
 # %% ../../nbs/01_stem_separation.ipynb #e0e6313f
 def pairs_of_mix(path, parts, sr, gain, backing='residual'): # yields lead, backing: (1, n) at 32 kHz
     "Lead and backing of a mix and its chunks, aligned to the sample"
-    rows = regular(_at_32k(added_up(parts), sr))
+    rows = regular(resampled(added_up(parts), sr, SAMPLE_RATE))
     for mix in regular(stream(path, SAMPLE_RATE, mono=True)):
         x = next(rows, mix[:,:0])[:,:mix.shape[1]]
         x = np.pad(x, ((0, 0), (0, mix.shape[1]-x.shape[1])))                  # the ends may differ by a sample
@@ -368,19 +358,14 @@ def write_pair(pairs, # iterable of lead, backing: (1, n) at 32 kHz
                folder, # exists
                loud:bool=True)->Measures: # loud: bring them to the target
     "Write `lead.wav` and `backing.wav` with one gain; bounded memory"
-    raw, m = Path(folder)/'raw.f32', Measures(loud)
-    with open(raw, 'wb') as f:
+    m = Measures(loud)
+    with Spool(folder) as spool:
         for lead,backing in pairs:
             m.add(lead, backing)
-            try: f.write(np.concatenate([lead, backing]).astype('f4').tobytes())
-            except OSError as e: raise WriteError(f'{raw}: cannot be written ({e.strerror or e}); make room on the disk') from None
-    if not m.n: raise StemError('too short, nothing is left of it at 32 kHz')
-    gain = np.float32(m.gain)
-    def row(i):
-        with open(raw, 'rb') as f:
-            while b := f.read(8*BLOCK): yield gain*np.frombuffer(b, 'f4').reshape(2, -1)[i:i+1]
-    for i,name in enumerate(('lead', 'backing')): write_stream(Path(folder)/f'{name}.wav', row(i))
-    raw.unlink()
+            spool.add(np.concatenate([lead, backing]))
+        if not m.n: raise StemError('too short, nothing is left of it at 32 kHz')
+        gain = np.float32(m.gain)
+        for i,name in enumerate(('lead', 'backing')): write_stream(Path(folder)/f'{name}.wav', (gain*x[i:i+1] for x in spool.blocks(BLOCK)))
     return m
 
 # %% ../../nbs/01_stem_separation.ipynb #6cacda07

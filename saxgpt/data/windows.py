@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, soundfile as sf
 from ..audio import write_stream
 from ..config import DataConfig, WindowConfig
-from ..files import atomic_dir, content_hash, is_name, map_parallel, prune, read_manifest, write_text
+from ..files import atomic_dir, content_hash, is_name, map_parallel, prune, read_manifest, reason, write_text
 
 # %% ../../nbs/02_windows.ipynb #474fb23d
 def rms_frames(blocks, # iterable of 1-d arrays, the track from beginning to end
@@ -124,10 +124,10 @@ def run(cfg:DataConfig, device='cpu',
     if not infos: raise WindowError(f'{cfg.data_paths.stems_dir}: no manifest.jsonl with stems; run the stems stage first')
     s = cfg.rms_window
     def why(i): return f'shorter than one frame of {s.rms_frame_length_seconds:g} s (rms_window.rms_frame_length_seconds)' if (
-        i.get('duration_s', math.inf) < s.rms_frame_length_seconds) else f'no {cfg.rms_window.min_window_size_seconds:g} s with a lead RMS of {cfg.rms_window.rms_threshold:g} or more'
+        i.get('duration_s', math.inf) < s.rms_frame_length_seconds) else f'no {s.min_window_size_seconds:g} s with a lead RMS of {s.rms_threshold:g} or more'
     for i,r in map_parallel(partial(windows_of, cfg=cfg), infos, n_jobs, 'windows' if progress else None, lambda i: i.get('duration_s', 0)):
         name = i['title'] if i['title'] not in failed | dropped else f'{i["title"]} ({i["recording"]})'
-        if isinstance(r, Exception): failed[name] = str(r) or type(r).__name__
+        if isinstance(r, Exception): failed[name] = reason(r)
         elif not r[0]: dropped[name] = why(i)
         else: rows, made = rows+r[0], made+r[1]
     rows.sort(key=lambda r: (r['recording'], r['start']))

@@ -203,12 +203,7 @@ def generate_codes(
     model:SaxGPT, # In eval mode
     backing:Tensor, # Codes (B, K, T), T of any size; B = 1 serves all seeds
     seeds:list, # One for each solo
-    progress=None, # Called with the number of frames done, after each block
     **settings, # prompt, temperature, top_k, top_p, guidance, overlap, block, compiled of `play_codes`
 ) -> Tensor: # Codes (n, K, T) of the solos
     "The whole of what `play_codes` plays."
-    blocks = []
-    for b in play_codes(model, backing, seeds, **settings):
-        blocks.append(b)
-        if progress: progress(sum(x.shape[2] for x in blocks))
-    return torch.cat(blocks, 2)
+    return torch.cat(list(play_codes(model, backing, seeds, **settings)), 2)

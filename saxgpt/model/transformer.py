@@ -134,19 +134,18 @@ def decode_step(self:SaxGPT,
     cache:DecoderCache, # From `start`; keeps the steps before
 ) -> Tensor: # Logits (B, K, 2048) for step `step + 1`
     "Play on."
-    x = self.steps(codes[..., None], step)
-    if cache.ahead is not None: x = x + places(cache.ahead.transpose(0, 1), step, 1).transpose(0, 1)
-    return self.heads(self.decoder.step(x, cache, step))[:, :, 0]
+    return self.prefill(codes[..., None], cache, step)
 
 @patch
 def prefill(self:SaxGPT,
-    codes:Tensor, # Delayed codes (B, K, n) of the first n steps
+    codes:Tensor, # Delayed codes (B, K, n) of n steps
     cache:DecoderCache, # From `start`
-) -> Tensor: # Logits (B, K, 2048) for step n
+    step:int=0, # Which step the first of them is; a tensor (1,) for a single, recorded step
+) -> Tensor: # Logits (B, K, 2048) for the step after them
     "Take in what has been played already, all at once."
-    x = self.steps(codes)
-    if cache.ahead is not None: x = x + cache.ahead[:, :x.shape[1]]
-    return self.heads(self.decoder.step(x, cache, 0)[:, -1:])[:, :, 0]
+    x = self.steps(codes, step)
+    if cache.ahead is not None: x = x + places(cache.ahead.transpose(0, 1), step, x.shape[1]).transpose(0, 1)
+    return self.heads(self.decoder.step(x, cache, step)[:, -1:])[:, :, 0]
 
 @patch
 def restart(self:SaxGPT,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'CheckpointError', 'pack', 'unpack', 'versions', 'save_checkpoint', 'verify', 'load_weights', 'from_hub',
-           'load_model', 'load_trainer_state', 'export_weights', 'link_checkpoint', 'main']
+           'load_model', 'load_trainer_state', 'give_away', 'export_weights', 'link_checkpoint', 'main']
 
 # %% ../../nbs/07b_checkpoint.ipynb #702248ca
 import json, os, platform, re, shutil
@@ -92,7 +92,7 @@ def verify(
     try:
         hashes = json.loads((folder/'hashes.json').read_text())
         if not isinstance(hashes, dict) or any(Path(name).name != name for name in hashes): raise ValueError
-        for name in ['model.safetensors', 'config.json', *hashes]:
+        for name in dict.fromkeys(['model.safetensors', 'config.json', *hashes]):
             if not (folder/name).is_file(): raise FileNotFoundError(2, 'missing', name)
             if file_hash(folder/name) != hashes.get(name):
                 raise CheckpointError(f'{folder}: {name} is not what was saved; the checkpoint is torn or was changed, use another one')
@@ -146,7 +146,8 @@ def load_model(
         if where.get('revision'): source += f'@{where["revision"]}'
     try: about = verify(folder)
     except CheckpointError as e: raise CheckpointError(f'{source}: {e}; or remove {folder.parent.parent} to fetch it again') from None if far else e
-    about |= dict(source=f'{source}, weights {file_hash(folder/"model.safetensors")[:16]}')
+    weights = json.loads((folder/'hashes.json').read_text())['model.safetensors']
+    about |= dict(source=f'{source}, weights {weights[:16]}')
     model = SaxGPT(parse(RunConfig, about['config'], str(folder/'config.json')).model)
     load_weights(model, folder)
     model.about, card = about, folder/'README.md'
@@ -162,30 +163,35 @@ def load_trainer_state(
         raise CheckpointError(f'{folder}: holds weights only; training goes on from `last` or `step-N`')
     return unpack(json.loads((folder/'trainer.json').read_text()), read_tensors(folder/'trainer.safetensors')[0])
 
-# %% ../../nbs/07b_checkpoint.ipynb #862cde06
+# %% ../../nbs/07b_checkpoint.ipynb #d8703d5a
+def give_away(
+    model:SaxGPT, # from `load_model`
+    out, # folder to make, or an older export
+    dtype:torch.dtype=torch.float16, # of the kept weights
+    card:str=None, # a model card, where none lies there
+):
+    "Save a model without the trainer's part; raises `CheckpointError` where something else lies."
+    out, about = Path(out), model.about
+    if out.exists() and not (out/'hashes.json').is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f'{out}: exists and is no checkpoint; name a new folder')
+    card = (out/'README.md').read_bytes() if (out/'README.md').is_file() else card and card.encode()
+    save_checkpoint(out, model, parse(RunConfig, about['config']), about, dtype=dtype, step=about['step'], metrics=about['metrics'])
+    if card: (out/'README.md').write_bytes(card)
+
 def export_weights(
     checkpoint, # folder
     out, # folder to make
     dtype:torch.dtype=torch.float16, # of the kept weights
 ):
     "Copy a checkpoint without the trainer's part."
-    out, (model, about) = Path(out), load_model(checkpoint)
-    if out.exists() and not (out/'hashes.json').is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f'{out}: exists and is no checkpoint; name a new folder')
-    card = (out/'README.md').read_bytes() if (out/'README.md').is_file() else None
-    save_checkpoint(out, model, parse(RunConfig, about['config']), about, dtype=dtype, step=about['step'], metrics=about['metrics'])
-    if card: (out/'README.md').write_bytes(card)
+    give_away(load_model(checkpoint)[0], out, dtype)
 
 # %% ../../nbs/07b_checkpoint.ipynb #db02ed20
 @patch
 def _save_pretrained(self:SaxGPT, save_directory):
     "What `save_pretrained` and `push_to_hub` write: weights in half precision, config, hashes."
-    about, folder = getattr(self, 'about', None), Path(save_directory)
-    if not about: raise CheckpointError('a model that was not loaded from a checkpoint does not know its codec; save it with save_checkpoint')
-    if any(folder.iterdir()) and not (folder/'hashes.json').is_file(): raise CheckpointError(f'{folder}: exists and is no checkpoint; name a new folder')
-    card = (folder/'README.md').read_text(encoding='utf-8') if (folder/'README.md').is_file() else self.card
-    save_checkpoint(folder, self, parse(RunConfig, about['config']), about, dtype=torch.float16, step=about['step'], metrics=about['metrics'])
-    if card: (folder/'README.md').write_text(card, encoding='utf-8')
+    if not hasattr(self, 'about'): raise CheckpointError('a model that was not loaded from a checkpoint does not know its codec; save it with save_checkpoint')
+    give_away(self, save_directory, card=self.card)
 
 @patch(cls_method=True)
 def from_pretrained(cls:SaxGPT, path, *, map_location='cpu', revision=None, cache_dir=None, force_download=False, local_files_only=False, token=None):
