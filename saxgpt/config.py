@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ConfigError', 'Section', 'field', 'DataPaths', 'Intermediates', 'DownloadConfig', 'DemucsConfig', 'WindowConfig',
            'AugmentConfig', 'TokenizeConfig', 'SplitConfig', 'DatasetConfig', 'DataConfig', 'RunData', 'ModelConfig',
-           'SchedulerConfig', 'OptimizerConfig', 'TrainingConfig', 'RunConfig', 'type_name', 'rows', 'explain', 'parse',
-           'configs_dir', 'weights_dir', 'device_name', 'config_path', 'override', 'load_config', 'to_dict',
-           'usage_errors', 'arguments', 'command']
+           'SchedulerConfig', 'OptimizerConfig', 'SampledConfig', 'TrainingConfig', 'RunConfig', 'type_name', 'rows',
+           'explain', 'parse', 'configs_dir', 'weights_dir', 'device_name', 'config_path', 'override', 'load_config',
+           'to_dict', 'usage_errors', 'arguments', 'command']
 
-# %% ../nbs/10_config.ipynb #1a6a5759
-import difflib, inspect, os, reprlib, sys, types
+# %% ../nbs/10_config.ipynb #b942c4a0
+import difflib, inspect, os, reprlib, signal, sys, types
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -205,7 +205,13 @@ class OptimizerConfig(Section):
     eps: float = field(1e-9, 'added to the denominator', gt=0)
     weight_decay: float = field(.01, 'decoupled weight decay', ge=0)
 
-# %% ../nbs/10_config.ipynb #5316b551
+# %% ../nbs/10_config.ipynb #27b70bf3
+class SampledConfig(Section):
+    "Scheduled sampling: a growing share of the steps that the decoder hears are its own."
+    share: float = field(0., 'share of steps with the model\'s own codes at the end of the ramp', ge=0, le=1)
+    start: int = field(0, 'step at which the ramp begins', ge=0)
+    ramp: int = field(1000, 'steps from none to the full share', ge=1)
+
 class TrainingConfig(Section):
     "How the model is trained."
     num_epochs: int = field(..., 'passes over the training set', ge=1)
@@ -222,6 +228,9 @@ class TrainingConfig(Section):
     seed: int = field(0, 'of weights, order and dropout')
     precision: Literal['auto', 'fp32', 'fp16', 'bf16'] = field('auto', 'auto is bf16 or fp16 on a GPU, fp32 on a CPU')
     max_grad_norm: float = field(1., 'gradients are clipped to this norm', gt=0)
+    ema_decay: float = field(.999, 'of the moving average of the weights, which is validated and plays; 0 is none', ge=0, lt=1)
+    scheduled_sampling: SampledConfig = field(SampledConfig(), 'own codes in the training input')
+    compile: bool = field(False, 'compile the model, if that turns out to be faster')
     max_steps: int|None = field(None, 'stop after so many steps', ge=1)
     val_interval: int|None = field(None, 'steps from validation to validation; null is once an epoch', ge=1)
     val_batches: int|None = field(None, 'validate on so many batches; null is all', ge=1)
@@ -408,6 +417,7 @@ def _run(func, short, frame):
     name = getattr(frame.f_globals.get('__spec__'), 'name', None) or Path(frame.f_globals['__file__']).name
     prog = name.replace('.', ' ') if name.count('.') == 1 else f'python -m {name}'
     args = {k: v for k, v in vars(arguments(func, prog, short).parse_intermixed_args()).items() if k not in ('pdb', 'xtra')}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL: signal.signal(signal.SIGINT, signal.default_int_handler)    # see saxgpt/__init__.py
     with usage_errors():
         try: func(**args)
         except KeyboardInterrupt as e:

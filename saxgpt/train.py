@@ -11,25 +11,32 @@ import os, sys
 from fastcore.script import Param
 
 from .config import ConfigError, RunConfig, command, load_config
-from .training.dist import ProcessError, launch
-from .training.loop import train
+from .training.budget import report_batch
+from .training.dist import PeerError, ProcessError, cluster, launch, pick_device
+from .training.loop import half_type, train, window_steps
 
 # %% ../nbs/07_training.ipynb #81f25e14
 def run(
     cfg:RunConfig,
-    processes:int=1, # on this machine
+    processes:int=1, # on each machine
+    nodes:int=1, # machines
+    node_rank:int=0, # which of them this is
+    endpoint:str=None, # where they meet, as 'host:port'
 )->int: # exit status: 0, 128 + n when stopped by signal n; 1 or 2 for a failed process
     "Train in this process, or in several."
-    if processes == 1:
+    if processes*nodes == 1:
         status = train(cfg)
         return 128 + status if status else 0
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    try: status = max(launch(train, (cfg,), processes).values(), default=0)
+    try: status = max(launch(train, (cfg,), processes, nodes, node_rank, endpoint).values(), default=0)
     except SignalException as e: status = int(e.sigval)
     except ProcessError as e:
-        known = e.kind.split('.')[-1] in ('TrainingError', 'DatasetError', 'ConfigError', 'CheckpointError')
-        print(e.stack * (not known) + f'saxgpt: {e}', file=sys.stderr)
+        known = e.kind.split('.')[-1] in ('TrainingError', 'DatasetError', 'ConfigError', 'CheckpointError', 'RemoteError', 'WriteError')
+        print(e.stack * (not known and 'PeerError' not in e.kind) + f'saxgpt: {e}', file=sys.stderr)
         return 2 if known else 1
+    except PeerError as e:
+        print(f'saxgpt: {e}', file=sys.stderr)
+        return 1
     return 128 + status if status else 0
 
 def count_processes(
@@ -42,7 +49,7 @@ def count_processes(
     if not ddp:
         if num_gpus and num_gpus > 1: raise ConfigError(f'--num-gpus {num_gpus}: needs --ddp too')
         return 1
-    if 'RANK' in os.environ: raise ConfigError('--ddp: torchrun has started the processes already; use one or the other')
+    if 'LOCAL_RANK' in os.environ: raise ConfigError('--ddp: torchrun has started the processes already; use one or the other')
     if num_gpus is not None and num_gpus < 1: raise ConfigError(f'--num-gpus {num_gpus}: at least 1')
     if there and (num_gpus or 0) > there: raise ConfigError(f'--num-gpus {num_gpus}: this machine has {there}')
     return num_gpus or there or 1
@@ -54,7 +61,10 @@ def main(
     config:str='xsmall', # bundled name or path of a model config
     ddp:bool=False, # one process per GPU
     num_gpus:int=None, # with --ddp: how many
+    find_batch:bool=False, # print the largest batch that fits into this device's memory, and stop
 ):
     "Train a model; run it again and it goes on where it stopped."
-    status = run(load_config(RunConfig, config, overrides or ()), count_processes(ddp, num_gpus))
+    cfg, nodes = load_config(RunConfig, config, overrides or ()), cluster()
+    if find_batch: return report_batch(cfg, window_steps(cfg), device := pick_device(), half_type(cfg.training.precision, device))
+    status = run(cfg, count_processes(ddp or bool(nodes), num_gpus), *(nodes or ()))
     if status: raise SystemExit(status)

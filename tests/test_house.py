@@ -20,14 +20,14 @@ modules = sorted(p for p in (root/'saxgpt').rglob('*.py') if p.name not in ('__i
 
 # Each room may import from the rooms before it; rooms of one line do not import one another unless listed in `inside`.
 layers = [
-    {'config', 'files', 'audio', 'patterns', 'sampling', 'metrics'},
+    {'config', 'files', 'remote', 'audio', 'patterns', 'sampling', 'metrics'},
     {'codec', 'demo', 'data', 'model'},
     {'training', 'monitor'},
     {'train', 'generate'},
     {'fit', 'fad', 'evaluate'},
     {'pipeline', 'vertex', 'studio', 'cli'},
 ]
-inside = {('audio', 'files'), ('data', 'codec'), ('model', 'model'), ('training', 'training'), ('evaluate', 'fit')}
+inside = {('audio', 'files'), ('remote', 'files'), ('config', 'remote'), ('data', 'codec'), ('model', 'model'), ('training', 'training'), ('evaluate', 'fit')}
 
 
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']

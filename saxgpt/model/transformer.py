@@ -21,11 +21,13 @@ from .encoder import Encoder
 def real_steps(
     codes:Tensor, # Delayed codes (B, K, S)
     special:int=2048, # Special token
+    padded:bool=None, # Whether some step is padding, where that is known
 ) -> Tensor: # bool (B, S), True where a step is not padding; None if none is
     "Which steps belong to the piece; those of special tokens only do not, but for the first."
+    if padded is False: return None
     pad = (codes == special).all(1)
     pad[:, 0] = False
-    return ~pad if pad.any() else None
+    return ~pad if padded or pad.any() else None
 
 # %% ../../nbs/06_model.ipynb #6f203d56
 @dataclass
@@ -67,18 +69,20 @@ class SaxGPT(nn.Module, ModelHubMixin, library_name='saxgpt', tags=['audio', 'mu
 @patch
 def encode(self:SaxGPT,
     backing:Tensor, # Delayed codes (B, K, S)
+    padded:bool=None, # Whether some step is padding; None looks
 ) -> Memory:
     "Listen to the backing."
-    mask = real_steps(backing, self.cfg.padding_idx)
+    mask = real_steps(backing, self.cfg.padding_idx, padded)
     return Memory(self.encoder(self.steps(backing), mask), mask)
 
 @patch
 def forward(self:SaxGPT,
     backing:Tensor, # Delayed codes (B, K, S)
     lead:Tensor, # Delayed codes (B, K, S'), S' <= S
+    padded:bool=None, # Whether some step of the backing is padding; None looks
 ) -> Tensor: # Logits (B, K, S', 2048); those of step s are for step s + 1
     "All steps of known leads at once; in training some of them without their backing."
-    m = self.encode(backing)
+    m = self.encode(backing, padded)
     return self.decode(self.forget(m) if self.training else m, lead)
 
 @patch

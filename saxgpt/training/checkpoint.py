@@ -11,13 +11,12 @@ import json, os, platform, re, shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from fastcore.basics import patch
 from torch import nn
 
 from .. import __version__
 from ..config import RunConfig, command, parse, to_dict, weights_dir
-from ..files import atomic_dir, file_hash, read_tensors
+from ..files import atomic_dir, file_hash, read_tensors, reason, write_tensors
 from ..model.decoding import laid_out
 from ..model.transformer import SaxGPT
 
@@ -74,12 +73,12 @@ def save_checkpoint(
                  step=step, metrics=metrics or {}, versions=versions())
     weights = {k: v.detach().to('cpu', dtype if v.is_floating_point() else None).contiguous() for k,v in model.state_dict().items()}
     with atomic_dir(folder) as tmp:
-        save_file(weights, tmp/'model.safetensors')
+        write_tensors(tmp/'model.safetensors', weights)
         (tmp/'config.json').write_text(json.dumps(about, indent=1) + '\n')
         if trainer_state is not None:
             tensors = {}
             (tmp/'trainer.json').write_text(json.dumps(pack(trainer_state, tensors)))
-            save_file({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, tmp/'trainer.safetensors')
+            write_tensors(tmp/'trainer.safetensors', tensors)
         _seal(tmp)
 
 # %% ../../nbs/07b_checkpoint.ipynb #3be922ee
@@ -90,6 +89,7 @@ def verify(
     folder = Path(folder)
     if not folder.is_dir(): raise CheckpointError(f'{folder}: there is no such checkpoint folder')
     try:
+        if not (folder/'hashes.json').is_file(): raise FileNotFoundError(2, 'missing', 'hashes.json')
         hashes = json.loads((folder/'hashes.json').read_text())
         if not isinstance(hashes, dict) or any(Path(name).name != name for name in hashes): raise ValueError
         for name in dict.fromkeys(['model.safetensors', 'config.json', *hashes]):
@@ -102,6 +102,7 @@ def verify(
     except FileNotFoundError as e:
         raise CheckpointError(f'{folder}: {Path(e.filename).name} is missing; this is not a whole checkpoint') from None
     except CheckpointError: raise
+    except OSError as e: raise CheckpointError(f'{folder}: cannot be read ({e.strerror or reason(e)})') from None
     except (ValueError, TypeError, KeyError, RecursionError):
         raise CheckpointError(f'{folder}: its JSON files cannot be read; the checkpoint is torn, use another one') from None
     if about['format'] > FORMAT:

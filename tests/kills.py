@@ -1,0 +1,438 @@
+"""Runs of the training command that are killed on purpose, and what is left of them; used by test_train.py and benchmarks/bench_kills.py.
+
+Two ways to start a run: `start` is the plain command; a `Nursery` forks runs from a process that has torch imported already, which saves
+the seconds that the import takes. Both are processes of their own, in a session of their own, that get real signals.
+
+What happens inside a run is said by its traps, a list of dicts (JSON in the environment variable SAXGPT_TRAPS):
+
+    dict(at='Trainer.train_step', n=5, do='kill', signal=9)     at the n-th call; also do='sleep', 'raise', 'flood' (stderr), 'limit' (size of files)
+    dict(op=17, under=folder)                                   SIGKILL at the 17th operation that changes files below a folder; a file that
+                                                                is being written is left torn
+    dict(trace=path, under=folder)                              write down these operations
+    rank=1, attempt=0, whom='group' or 'parent', after=True     only there, only before torchrun's first restart, another target, behind the call
+"""
+import importlib
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import resource
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+MODULES = {'Trainer': 'saxgpt.training.loop', 'checkpoint': 'saxgpt.training.checkpoint'}
+
+
+# inside the run: traps
+
+def _where(path, dir_fd=-1):
+    "An absolute path of what an operation touches"
+    if isinstance(path, int): return os.readlink(f'/proc/self/fd/{path}')
+    path = os.fsdecode(path)
+    if not os.path.isabs(path): path = os.path.join(os.readlink(f'/proc/self/fd/{dir_fd}') if dir_fd not in (-1, None) else os.getcwd(), path)
+    return path
+
+
+def _mine(trap):
+    return (trap.get('rank', int(os.environ.get('RANK', 0))) == int(os.environ.get('RANK', 0)) and
+            trap.get('attempt', int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))) == int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)))
+
+
+def _do(trap):
+    what = trap.get('do', 'kill')
+    if what == 'sleep': time.sleep(trap['seconds'])
+    elif what == 'raise': raise ValueError(trap['text'])
+    elif what == 'flood':
+        for _ in range(trap['lines']): print('#'*99, file=sys.stderr)
+    elif what == 'limit': resource.setrlimit(resource.RLIMIT_FSIZE, (trap['bytes'],)*2)
+    elif trap.get('whom') == 'group': os.killpg(os.getpgrp(), trap['signal'])
+    else: os.kill(os.getppid() if trap.get('whom') == 'parent' else os.getpid(), trap['signal'])
+
+
+def _wrap(owner, name, traps):
+    old, calls = getattr(owner, name), [0]
+
+    def trapped(*args, **kw):
+        calls[0] += 1
+        now = [t for t in traps if _mine(t) and t.get('n', calls[0]) == calls[0]]
+        for t in now:
+            if not t.get('after'): _do(t)
+        out = old(*args, **kw)
+        for t in now:
+            if t.get('after'): _do(t)
+        return out
+    setattr(owner, name, trapped)
+
+
+def _watch_files(trap):
+    "Count the operations that change files below a folder, and end the process at the chosen one"
+    under, n, done = os.path.realpath(trap['under']) + os.sep, trap.get('op'), [0]
+
+    def operation(kind, path, torn=None):
+        try: path = _where(*path)
+        except OSError: return
+        if not (os.path.realpath(path) + os.sep).startswith(under): return
+        done[0] += 1
+        if 'trace' in trap:
+            with open(trap['trace'], 'a') as f: f.write(json.dumps([kind, path.removeprefix(under)]) + '\n')
+        if done[0] != n or not _mine(trap): return
+        if torn: torn(path)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def torn_open(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(fd, b'{"step": 3, "spl')
+
+    def hook(event, args):
+        if event == 'open' and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not isinstance(args[0], int):
+            operation('open', (args[0],), torn_open)
+        elif event == 'os.mkdir' and os.path.isdir(args[0]): pass
+        elif event in ('os.mkdir', 'os.remove', 'os.rmdir', 'os.truncate', 'os.chmod'):
+            operation(event[3:], (args[0], args[-1] if len(args) > 1 and event != 'os.truncate' else -1))
+        elif event in ('os.rename', 'os.link', 'os.symlink'): operation(event[3:], (args[1], args[-1]))
+    sys.addaudithook(hook)
+    import safetensors.torch
+    fsync, serialize = os.fsync, safetensors.torch.serialize_file
+
+    def trapped_fsync(fd):
+        operation('fsync', (fd if isinstance(fd, int) else fd.fileno(),))
+        return fsync(fd)
+
+    def trapped_serialize(tensors, path, *args, **kw):
+        def half(p):
+            serialize(tensors, path, *args, **kw)
+            os.truncate(p, os.path.getsize(p)//2)
+        operation('serialize', (path,), half)
+        return serialize(tensors, path, *args, **kw)
+    os.fsync, safetensors.torch.serialize_file = trapped_fsync, trapped_serialize
+
+
+def set_traps(traps):
+    "Lay traps in modules that are there, and in others when they are imported"
+    by_name = {}
+    for t in traps:
+        if 'under' in t: _watch_files(t)
+        else: by_name.setdefault(t['at'], []).append(t)
+    by_module = {}
+    for at, ts in by_name.items(): by_module.setdefault(MODULES[at.split('.')[0]], []).append((at, ts))
+
+    def lay(module):
+        for at, ts in by_module.get(module.__name__, []):
+            first, *_, name = at.split('.')
+            _wrap(getattr(module, first) if hasattr(module, first) else module, name, ts)
+
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name not in by_module: return None
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+            run_module = spec.loader.exec_module
+
+            def exec_module(module): run_module(module); lay(module)
+            spec.loader.exec_module = exec_module
+            return spec
+    for name in by_module:
+        if name in sys.modules: lay(sys.modules[name])
+    sys.meta_path.insert(0, Finder())
+
+
+# the nursery: `python kills.py` reads one request a line and forks a run for each
+
+def _child(ask):
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(ask['env'])
+    log = os.open(ask['log'], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for fd, to in ((null, 0), (log, 1), (log, 2)): os.dup2(fd, to)
+    os.closerange(3, 256)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, m, buffering=1, closefd=False) for fd, m in ((0, 'r'), (1, 'w'), (2, 'w')))
+    set_traps(ask['traps'])
+    sys.argv = [ask['args'][0], *ask['args'][1:]]
+    status = 0
+    try: runpy.run_module(ask['args'][0], run_name='__main__', alter_sys=True)
+    except SystemExit as e: status = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    try: _finish()
+    finally:
+        sys.stdout.flush(); sys.stderr.flush()
+        os._exit(status)
+
+
+def _finish():
+    "What the interpreter does at its end, for processes that were forked"
+    import atexit
+    import multiprocessing.util
+    multiprocessing.util._exit_function()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+
+
+def _nursery():
+    import saxgpt.training.loop, torch.distributed, yaml    # noqa: E401, F401
+    torch.set_num_threads(1)
+    net = torch.nn.Linear(2, 2)
+    torch.optim.AdamW(net.parameters(), fused=True).zero_grad()     # brings in what is imported late
+    net(torch.ones(1, 2)).sum().backward()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    children = {}
+    print('ready', flush=True)
+    while True:
+        ready, _, _ = select.select([0], [], [], .01)
+        for pid, log in list(children.items()):
+            got, status = os.waitpid(pid, os.WNOHANG)
+            if got:
+                code = os.waitstatus_to_exitcode(status)
+                Path(f'{log}.tmp').write_text(str(code))
+                os.replace(f'{log}.tmp', f'{log}.status')
+                del children[pid]
+        if not ready: continue
+        line = sys.stdin.readline()
+        if not line: break
+        ask = json.loads(line)
+        pid = os.fork()
+        if not pid: _child(ask)
+        children[pid] = ask['log']
+        print(pid, flush=True)
+    for pid in children:
+        try: os.killpg(pid, signal.SIGKILL)
+        except OSError: pass
+
+
+# outside: to start, to kill, to look at
+
+ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')
+for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SAXGPT_TRAPS'): ENV.pop(k, None)
+
+
+class Run:
+    "A process (and whatever it starts) that is or was running"
+    def __init__(self, pid, log, name='', popen=None): self.pid, self.log, self.name, self.popen, self.began = pid, Path(log), name, popen, time.monotonic()
+
+    @property
+    def said(self): return self.log.read_text(errors='replace') if self.log.exists() else ''
+    @property
+    def lines(self): return [l for l in self.said.splitlines() if l.strip()]
+
+    def poll(self):
+        if self.popen: return self.popen.poll()
+        status = Path(f'{self.log}.status')
+        return int(status.read_text()) if status.exists() else None
+
+    def wait(self, timeout=60):
+        "The exit status; minus a signal's number for a process that a signal ended"
+        end = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > end:
+                self.end()
+                raise AssertionError(f'still running after {timeout} s:\n{self.said[-3000:]}')
+            time.sleep(.005)
+        return status
+
+    def kill(self, sig=signal.SIGKILL, group=False):
+        try: (os.killpg if group else os.kill)(self.pid, sig)
+        except ProcessLookupError: pass
+
+    def family(self):
+        "Process ids of everything that this run has started and that is not dead: {pid: command line}"
+        out = {}
+        for p in Path('/proc').iterdir():
+            if not p.name.isdigit(): continue
+            try:
+                state, _, _, session = (p/'stat').read_text().rpartition(')')[2].split()[:4]
+                ours = int(session) == self.pid or (self.name and f'SAXGPT_RUN={self.name}'.encode() in (p/'environ').read_bytes().split(b'\0'))
+                if ours and state not in 'ZX': out[int(p.name)] = (p/'cmdline').read_bytes().replace(b'\0', b' ').decode(errors='replace')[:120]
+            except (OSError, ValueError): pass
+        return out
+
+    def orphans(self, patience=10):
+        "Who is left a few seconds after the end"
+        end = time.monotonic() + patience
+        while (left := self.family()) and time.monotonic() < end: time.sleep(.05)
+        return left
+
+    def awake(self):
+        "Wait until Python itself is up, and begins to import"
+        while not Path(f'{self.log}.awake').exists() and self.poll() is None: time.sleep(.002)
+
+    def end(self):
+        for pid in self.family():
+            try: os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+        if self.popen: self.popen.wait()
+
+
+class Nursery:
+    "Forks runs from a process that has everything imported"
+    def __init__(self):
+        self.lock, self.folder = threading.Lock(), Path(tempfile.mkdtemp(prefix='saxgpt-kills-'))
+        self.process = subprocess.Popen([sys.executable, str(HERE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=_path(ENV))
+        assert self.process.stdout.readline() == 'ready\n', 'the nursery did not start'
+
+    def start(self, *args, traps=(), **env):
+        log = self.folder/f'{uuid.uuid4().hex}.log'
+        ask = dict(args=['saxgpt.train', *map(str, args)], traps=list(traps), env={k: str(v) for k, v in env.items()}, log=str(log))
+        with self.lock:
+            self.process.stdin.write(json.dumps(ask) + '\n')
+            return Run(int(self.process.stdout.readline()), log)
+
+    def ranks(self, n, *args, traps=()):
+        "The same command in n processes that know of each other, without a launcher"
+        port = free_port()
+        return [self.start(*args, traps=traps, RANK=r, LOCAL_RANK=r, WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port) for r in range(n)]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(20)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def _path(env, *folders): # so that forked and started processes import what the tests import
+    import saxgpt
+    return dict(env, PYTHONPATH=os.pathsep.join([*map(str, folders), str(Path(saxgpt.__file__).parents[1]), env.get('PYTHONPATH', '')]).rstrip(os.pathsep))
+
+
+def start(folder, *args, traps=(), module='saxgpt.train', launcher=(), **env):
+    "The plain command: `python -m saxgpt.train ...`, also behind `launcher`"
+    name, site = uuid.uuid4().hex, Path(folder)/'site'
+    log = Path(folder)/f'{name}.log'
+    site.mkdir(exist_ok=True)
+    (site/'sitecustomize.py').write_text(f'import os, sys\nif "SAXGPT_TRAPS" in os.environ:\n    sys.path.append({str(HERE.parent)!r})\n    import json, kills\n'
+                                         '    kills.set_traps(json.loads(os.environ["SAXGPT_TRAPS"]))\nopen(os.environ["SAXGPT_AWAKE"], "w").close()\n')
+    env = dict(_path(ENV, site), SAXGPT_RUN=name, SAXGPT_AWAKE=f'{log}.awake', **{k: str(v) for k, v in env.items()})
+    if traps: env['SAXGPT_TRAPS'] = json.dumps(list(traps))
+    def normal():                               # SIGINT is ignored where the tests run in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with open(log, 'w') as f:
+        p = subprocess.Popen([sys.executable, *map(str, launcher), '-m', module, *map(str, args)], env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
+                             start_new_session=True, preexec_fn=normal)
+    return Run(p.pid, log, name, p)
+
+
+def torchrun(n, *more): return ('-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--rdzv-backend=c10d', '--rdzv-endpoint=127.0.0.1:0', *more)
+
+
+# data and configs
+
+def toy_file(path, clips, seed, T=60):
+    "Codes in which the solo can be known from the backing"
+    import torch
+    from saxgpt.files import write_tensors
+    g = torch.Generator().manual_seed(seed)
+    backing = torch.randint(0, 16, (4, clips*T), generator=g)
+    about = [dict(clip=f'c{i}', recording=f'r{seed}-{i}', augmentation='') for i in range(clips)]
+    write_tensors(path, dict(backing=backing.short(), lead=((3*backing + 1) % 16).short(), offsets=torch.arange(clips+1)*T),
+                  dict(codec_name='toy', codec_hash='0'*16, frame_rate='50', seq_len='20', stride='20', padding_idx='16', clips=json.dumps(about)))
+
+
+def toy_data(folder):
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    toy_file(folder/'train.safetensors', 20, 0)
+    toy_file(folder/'val.safetensors', 4, 1)
+    return folder
+
+
+VARIANTS = dict(                                                 # 24 steps of two batches, validation in mid-epoch and at its end
+    plain=dict(),
+    workers=dict(num_workers=2, log_interval=3),
+    bf16=dict(precision='bf16', gradient_accumulation_steps=3, max_steps=14, log_interval=4, optimizer=dict(lr=3e-3, embedding_lr=5e-3),
+              scheduler=dict(type='plateau', warmup_steps=4)),
+    single=dict(gradient_accumulation_steps=1, max_steps=20, plain=True, scheduler=dict(type='linear', warmup_steps=0)),
+)
+
+
+def config_file(data, out, name='config', model={}, **training):
+    "A config of a tiny model; dropout, moving average and scheduled sampling are on unless `plain`. Gives the words behind the command"
+    import yaml
+    data, path = Path(data), Path(out).parent/f'{Path(out).name}-{name}.yaml'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tiny = dict(vocab_size=17, padding_idx=16, d_model=32, nhead=2, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=64, max_seq_len=32,
+                dropout=.1, condition_dropout=.2)
+    run = dict(num_epochs=3, batch_size=4, gradient_accumulation_steps=2, output_dir=str(out), log_interval=1, save_interval=1, val_interval=5, num_workers=0,
+               use_pbar=False, optimizer=dict(lr=3e-3), scheduler=dict(warmup_steps=6), precision='fp32')
+    if training.pop('plain', False): run |= dict(ema_decay=0.)
+    else: run |= dict(ema_decay=.9, scheduled_sampling=dict(share=.6, start=2, ramp=6))
+    path.write_text(yaml.safe_dump(dict(data=dict(train_path=str(data/'train.safetensors'), val_path=str(data/'val.safetensors')), model=tiny | model,
+                                        training=run | training)))
+    return ['--config', path]
+
+
+# results
+
+CLOCKS = {'seconds', 'frames_per_s', 'data_wait', 'memory_gb', 'mfu', 'saved_at', 'logged_at', 'waited'}   # what may differ between two runs
+
+
+def whole_checkpoints(out):
+    "Steps of all checkpoint folders by name, each verified; raises for one that is not whole"
+    from saxgpt.training.checkpoint import verify
+    folder = Path(out)/'checkpoints'
+    return {p.name: verify(p)['step'] for p in sorted(folder.iterdir()) if not p.name.startswith('.')} if folder.exists() else {}
+
+
+def leftovers(out): return sorted(str(p.relative_to(out)) for p in Path(out).rglob('.*') if p.name != '.lock')
+
+
+def log_lines(out):
+    "The last line for each kind and step of the log"
+    from saxgpt.files import read_jsonl
+    return {(l['split'], l['step']): {k: v for k, v in l.items() if k not in CLOCKS} for l in read_jsonl(Path(out)/'metrics.jsonl')
+            if l['split'] in ('train', 'val')}
+
+
+def loss_difference(a, b): return max((abs(a[k]['loss'] - b[k]['loss']) for k in a.keys() & b.keys()), default=0.)
+
+
+def bits(folder):
+    "Every tensor of a checkpoint as bytes, and the plain part of the trainer's state"
+    from safetensors import safe_open
+    out = {}
+    for p in sorted(Path(folder).glob('*.safetensors')):
+        with safe_open(str(p), 'pt') as f:
+            for k in f.keys():
+                t = f.get_tensor(k)
+                out[f'{p.name}: {k}'] = (str(t.dtype), tuple(t.shape), t.reshape(-1).view(__import__('torch').uint8).numpy().tobytes())
+    def clean(x):
+        if isinstance(x, dict): return {k: [[a, clean(b)] for a, b in v if a not in CLOCKS] if k == 'pairs' else v for k, v in x.items()}
+        return [clean(i) for i in x] if isinstance(x, list) else x
+    state = Path(folder)/'trainer.json'
+    if state.exists():
+        for k, v in clean(json.loads(state.read_text()))['pairs']: out[f'trainer.json: {k}'] = v
+    return out
+
+
+def differences(out, whole):
+    "In what a finished run differs from one that was never stopped"
+    a, b = log_lines(out), log_lines(whole)
+    said = [f'log {k}: {a.get(k)} instead of {b.get(k)}' for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    steps, names = whole_checkpoints(out), whole_checkpoints(whole)
+    for d in (steps, names): d.pop('previous', None)
+    if steps != names: said.append(f'checkpoints {steps} instead of {names}')
+    for name in names.keys() & steps.keys():
+        x, y = (bits(Path(o)/'checkpoints'/name) for o in (out, whole))
+        shown = lambda v: '' if isinstance(v, tuple) else f' {v}'
+        said += [f'{name}: {k}{shown(x.get(k))} instead of{shown(y.get(k))}' for k in sorted(x.keys() | y.keys()) if x.get(k) != y.get(k)]
+    said += [f'left over: {p}' for p in leftovers(out)]
+    return said
+
+
+if __name__ == '__main__': _nursery()

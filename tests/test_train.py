@@ -1,0 +1,493 @@
+"""A run that was stopped anywhere and started again ends like one that was never stopped, to the last bit: real processes, real signals.
+
+`SAXGPT_KILLS=all` adds the long sweeps; tests/benchmarks/bench_kills.py counts kills and prints a table.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import kills
+from kills import (VARIANTS, Nursery, bits, config_file, differences, leftovers, log_lines, start, torchrun, toy_data, whole_checkpoints)
+
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='needs fork and /proc')
+INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
+ALL = os.environ.get('SAXGPT_KILLS') == 'all'
+END = {INT: 130, TERM: 143, KILL: -9}
+step, validate, save = 'Trainer.train_step', 'Trainer.validate', 'Trainer.save'
+
+
+@pytest.fixture(scope='module')
+def nursery():
+    n = Nursery()
+    yield n
+    n.close()
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory): return toy_data(tmp_path_factory.mktemp('codes'))
+
+
+@pytest.fixture(scope='module')
+def whole(nursery, data, tmp_path_factory):
+    "Runs that were never stopped, by variant and number of processes"
+    made, there = {}, tmp_path_factory.mktemp('whole')
+
+    def get(variant='plain', n=1):
+        if (variant, n) not in made:
+            out = there/f'{variant}-{n}'
+            args = config_file(data, out, **VARIANTS[variant])
+            for r in [nursery.start(*args)] if n == 1 else nursery.ranks(n, *args): assert r.wait() == 0, r.said
+            made[variant, n] = out
+        return made[variant, n]
+    return get
+
+
+def check(out, whole):
+    "What has to hold at any moment: no half checkpoint, no line of the log that a run without stops would not have"
+    whole_checkpoints(out)
+    want = log_lines(whole)
+    for k, line in log_lines(out).items(): assert line == want[k], f'{k}: {line} instead of {want[k]}'
+
+
+def clean(run):
+    "No traceback, no orphans"
+    assert 'Traceback' not in run.said, run.said
+    assert not run.orphans(), run.orphans(0)
+
+
+def finish(run, out, whole):
+    assert run.wait() == 0, run.said
+    clean(run)
+    assert not differences(out, whole), differences(out, whole)
+
+
+# one process
+
+def test_never_stopped_gives_the_same_bits_twice(data, whole, tmp_path):
+    run = start(tmp_path, *config_file(data, tmp_path/'out'))        # by the plain command
+    finish(run, tmp_path/'out', whole())
+
+
+cuts = [dict(at=step, n=2, signal=INT, after=True), dict(at=step, n=2, signal=KILL), dict(at=step, n=3, signal=TERM, after=True),
+        dict(at=validate, n=1, signal=TERM), dict(at=validate, n=1, signal=KILL), dict(at=save, n=1, signal=KILL), dict(at=save, n=2, signal=KILL, after=True),
+        dict(at=save, n=1, signal=INT, whom='group'), dict(at=validate, n=1, signal=INT, whom='group', after=True), dict(at=save, n=1, signal=TERM, after=True)]
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_stopped_ten_times(nursery, data, whole, tmp_path, variant):
+    out, want = tmp_path/'out', whole(variant)
+    args = config_file(data, out, **VARIANTS[variant])
+    for trap in cuts:
+        run = nursery.start(*args, traps=[trap])
+        assert run.wait() in (0, END[trap['signal']]), (trap, run.said)
+        clean(run)
+        check(out, want)
+        if trap['signal'] != KILL: assert not leftovers(out)
+    finish(nursery.start(*args), out, want)
+
+
+@pytest.mark.parametrize('variant', ['plain', 'workers'])
+def test_killed_from_outside_at_any_moment(nursery, data, whole, tmp_path, variant):
+    "Steps are slowed down so that there are moments to choose from; some kills wait for the temporary folder of a save"
+    out, want, dice = tmp_path/'out', whole(variant), random.Random(variant)
+    args, slow = config_file(data, out, **VARIANTS[variant]), [dict(at=step, do='sleep', seconds=.01)]
+    for i in range(30 if ALL else 6):
+        run = nursery.start(*args, traps=slow)
+        if i % 2: time.sleep(dice.uniform(.05, .8))
+        else:
+            checkpoints = out/'checkpoints'
+            while run.poll() is None and not (checkpoints.exists() and any(n.startswith('.') for n in os.listdir(checkpoints))): pass
+            time.sleep(dice.uniform(0, .003))
+        run.kill(group=dice.random() < .5)
+        assert run.wait() in (0, -9), run.said
+        assert not run.orphans()
+        check(out, want)
+    finish(nursery.start(*args), out, want)
+
+
+# every crash point of a save
+
+@pytest.fixture(scope='module')
+def before_the_end(nursery, data, whole, tmp_path_factory):
+    "A run that was killed just before its last step, which ends an epoch, is validated, saved, best and kept"
+    out = tmp_path_factory.mktemp('sweep')/'base'
+    run = nursery.start(*config_file(data, out), traps=[dict(at=step, n=24, signal=KILL)])
+    assert run.wait() == -9, run.said
+    return out
+
+
+def at_crash_point(nursery, data, base, want, out, op):
+    "Kill at the op-th file operation, then let the next run finish; False when there were fewer operations"
+    shutil.copytree(base, out)
+    args = config_file(data, out)
+    run = nursery.start(*args, traps=[dict(op=op, under=str(out))])
+    status = run.wait()
+    assert status in (0, -9), run.said
+    check(out, want)
+    whole_names = whole_checkpoints(out).keys()
+    assert whole_names & {'last', 'previous'}, f'operation {op}: nothing to go on from'
+    put_back = {p.name.partition('+')[2] for p in (out/'checkpoints').glob('.*+*')}           # by the next run
+    assert whole_names | put_back >= whole_checkpoints(base).keys() - {'last', 'previous'}, f'operation {op}: a kept checkpoint is gone'
+    run = nursery.start(*args)
+    finish(run, out, want)
+    shutil.rmtree(out)
+    return status == -9
+
+
+def operations(nursery, data, base, out):
+    shutil.copytree(base, out)
+    run = nursery.start(*config_file(data, out), traps=[dict(trace=str(out) + '.trace', under=str(out))])
+    assert run.wait() == 0, run.said
+    return [json.loads(l) for l in Path(str(out) + '.trace').read_text().splitlines()]
+
+
+def test_every_crash_point_of_a_save(nursery, data, whole, before_the_end, tmp_path):
+    n, want = len(operations(nursery, data, before_the_end, tmp_path/'trace')), whole()
+    assert n > 20
+
+    def at(op):
+        try: return at_crash_point(nursery, data, before_the_end, want, tmp_path/f'op{op}', op)
+        except AssertionError as e: return f'operation {op}: {e}'
+    with ThreadPoolExecutor(2) as pool: came = list(pool.map(at, range(1, n + 1)))
+    wrong = [c for c in came if isinstance(c, str)]
+    assert not wrong, f'{len(wrong)} of {n} crash points:\n' + '\n'.join(wrong[:5])
+    assert all(came)
+
+
+def test_a_power_cut_finds_on_disk_what_was_renamed(nursery, data, before_the_end, tmp_path):
+    "Every file is pushed to the disk after it was written and before its folder gets a final name, the folder's own entry behind it"
+    ops = operations(nursery, data, before_the_end, tmp_path/'trace')
+    finals = [(i, p) for i, (kind, p) in enumerate(ops) if kind == 'rename' and p.count('/') == 1 and not Path(p).name.startswith('.')]
+    assert finals
+    made = {p.split('/')[1]: i for i, (kind, p) in enumerate(ops) if kind == 'mkdir' and p.startswith('checkpoints/.')}
+    assert made
+    for folder, at in made.items():
+        written = {p for kind, p in ops if kind in ('open', 'serialize') and p.startswith(f'checkpoints/{folder}/')}
+        for p in written:
+            last_write = max(i for i, (kind, q) in enumerate(ops) if q == p and kind in ('open', 'serialize'))
+            assert any(kind == 'fsync' and q == p for kind, q in ops[last_write:]), f'{p} is not pushed to the disk'
+    for i, p in finals: assert ['fsync', 'checkpoints'] in ops[i:], f'the name {p} is not pushed to the disk'
+
+
+# torn and tampered checkpoints
+
+@pytest.fixture(scope='module')
+def stopped(nursery, data, tmp_path_factory):
+    "A run that was stopped in its middle, with `last` and `previous`"
+    out = tmp_path_factory.mktemp('stopped')/'base'
+    run = nursery.start(*config_file(data, out), traps=[dict(at=step, n=13, signal=TERM)])
+    assert run.wait() == 143 and whole_checkpoints(out).keys() >= {'last', 'previous'}, run.said
+    return out
+
+
+def cut(p): p.write_bytes(p.read_bytes()[:p.stat().st_size//2])
+
+
+def empty(p): p.write_bytes(b'')
+
+
+def flip(p):
+    b = bytearray(p.read_bytes())
+    b[len(b)//2] ^= 1
+    p.write_bytes(bytes(b))
+
+
+def becomes_folder(p): p.unlink(); p.mkdir()
+
+
+def becomes_pipe(p): p.unlink(); os.mkfifo(p)
+
+
+def says(text): return lambda p: p.write_text(text)
+
+
+def adds(name, value): return lambda p: p.write_text(json.dumps({**json.loads(p.read_text()), name: value}))
+
+
+FILES = 'model.safetensors', 'trainer.safetensors', 'config.json', 'trainer.json', 'hashes.json'
+HOSTILE = dict(null='null', list='[]', number='1e999', text='"model.safetensors"', deep='['*100_000, latin=b'\xff\xfe{}', up='{"../../../secret": "0"}',
+               absolute='{"/etc/passwd": "0"}', device='{"/dev/zero": "0"}', empty='{}', nested='{"model.safetensors": {"model.safetensors": []}}')
+torn = {f'{how.__name__} {f}': (f, how) for f in FILES for how in (cut, empty, flip, Path.unlink, becomes_folder)}
+torn |= {f'{f} {k}': (f, (lambda t: lambda p: p.write_bytes(t if isinstance(t, bytes) else t.encode()))(t)) for k, t in HOSTILE.items() for f in ('hashes.json',)}
+torn |= {f'pipe {f}': (f, becomes_pipe) for f in ('hashes.json', 'model.safetensors')}
+torn |= {'one more file asked for': ('hashes.json', adds('more.safetensors', '0'*64)), 'a device asked for': ('hashes.json', adds('/dev/zero', '0'*64)),
+         'a way up asked for': ('hashes.json', adds('../previous/config.json', '0'*64))}
+
+
+def torn_and_finished(nursery, data, base, want, out, name, how):
+    shutil.copytree(base, out)
+    how(out/'checkpoints'/'last'/name)
+    run = nursery.start(*config_file(data, out))
+    assert run.wait(20) == 0, run.said
+    about = [l for l in run.lines if 'checkpoints/last' in l]
+    assert len(about) == 1 and 'Traceback' not in run.said, run.said          # one line says so
+    assert any('going on from' in l and 'previous' in l for l in run.lines), run.said
+    assert not differences(out, want), differences(out, want)
+
+
+def test_torn_or_tampered_is_noticed_and_the_one_before_is_used(nursery, data, whole, stopped, tmp_path):
+    want = whole()
+
+    def at(item):
+        i, (label, (name, how)) = item
+        try: torn_and_finished(nursery, data, stopped, want, tmp_path/f't{i}', name, how)
+        except AssertionError as e: return f'{label}: {e}'
+    with ThreadPoolExecutor(2) as pool: wrong = list(filter(None, pool.map(at, enumerate(torn.items()))))
+    assert not wrong, f'{len(wrong)} of {len(torn)}:\n' + '\n'.join(wrong[:8])
+
+
+def test_folder_that_is_none(nursery, data, whole, stopped, tmp_path):
+    for label, how in dict(file=lambda p: (shutil.rmtree(p), p.write_text('last')), link=lambda p: (shutil.rmtree(p), p.symlink_to(tmp_path/'nowhere')),
+                           empty=lambda p: (shutil.rmtree(p), p.mkdir())).items():
+        out = tmp_path/label
+        shutil.copytree(stopped, out)
+        how(out/'checkpoints'/'last')
+        finish(nursery.start(*config_file(data, out)), out, whole())
+
+
+def test_no_whole_checkpoint_is_one_clear_error(nursery, data, stopped, tmp_path):
+    out = tmp_path/'out'
+    shutil.copytree(stopped, out)
+    for p in (out/'checkpoints').glob('*/model.safetensors'): cut(p)
+    before = {p: p.read_bytes() for p in out.rglob('*') if p.is_file() and p.name != '.lock'}
+    for run in [nursery.start(*config_file(data, out))], nursery.ranks(2, *config_file(data, out)):
+        assert run[0].wait() == 2, run[0].said
+        assert 'Traceback' not in run[0].said and run[0].lines[-1].startswith('saxgpt: ') and 'checkpoints' in run[0].lines[-1], run[0].said
+        for r in run[1:]: assert r.wait(15) not in (0, None) and 'Traceback' not in r.said, r.said
+    assert before.items() <= {p: p.read_bytes() for p in out.rglob('*') if p.is_file()}.items(), 'nothing was thrown away'
+
+
+# signals as terminals and clouds send them
+
+@pytest.mark.parametrize('sig', [INT, TERM], ids=['ctrl-c', 'sigterm'])
+def test_second_signal_leaves_at_once(nursery, data, whole, tmp_path, sig):
+    out = tmp_path/'out'
+    args = config_file(data, out)
+    run = nursery.start(*args, traps=[dict(at=step, n=8, do='sleep', seconds=60)])
+    wait_for(run, lambda: any(k[1] == 7 for k in log_lines(out)))
+    time.sleep(.2)
+    run.kill(sig, group=True)
+    wait_for(run, lambda: 'once more' in run.said)
+    time.sleep(1.2)                                              # sooner it may be the same Ctrl-C, handed on by a launcher
+    began = time.monotonic()
+    run.kill(sig, group=True)
+    assert run.wait(10) in (END[sig], -sig) and time.monotonic() - began < 3, run.said
+    clean(run)
+    check(out, whole())
+    finish(nursery.start(*args), out, whole())
+
+
+def wait_for(run, what, timeout=60):
+    end = time.monotonic() + timeout
+    while not what():
+        assert run.poll() is None, f'ended too early:\n{run.said}'
+        assert time.monotonic() < end, f'waited {timeout} s in vain:\n{run.said}'
+        time.sleep(.005)
+
+
+@pytest.mark.parametrize('sig', [INT, TERM], ids=['ctrl-c', 'sigterm'])
+def test_signal_while_the_program_starts(data, whole, tmp_path, sig):
+    "In the first seconds Python is still importing"
+    out = tmp_path/'out'
+    args = config_file(data, out)
+
+    def after(seconds):
+        run = start(tmp_path, *args)
+        run.awake()
+        time.sleep(seconds)
+        run.kill(sig, group=True)
+        return seconds, run
+    wrong = []
+    for t in [.05, .15, .3, .5, .8, 1.1, 1.5] if not ALL else [.05 + i/30 for i in range(60)]:
+        seconds, run = after(t)
+        status = run.wait()
+        if 'Traceback' in run.said or status not in (0, END[sig], -sig): wrong.append(f'after {t} s: status {status}, {run.said[-300:]}')
+        assert not run.orphans()
+        check(out, whole())
+    assert not wrong, '\n'.join(wrong)
+    finish(start(tmp_path, *args), out, whole())
+
+
+# no space left
+
+def small_disk(folder, megabytes):
+    folder.mkdir()
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={megabytes}m', 'tmpfs', str(folder)], capture_output=True)
+    return done.returncode == 0
+
+
+def told(run, why):
+    "One clear line for every attempt, the last one behind all else"
+    assert run.wait() == 2 and 'Traceback' not in run.said, run.said
+    said = [l for l in run.lines if why in l]
+    assert said and run.lines[-1] == said[-1] and all(l.startswith('saxgpt: ') and '/out/' in l for l in said), run.said
+    assert not run.orphans()
+
+
+def test_no_space_left_on_a_small_disk(nursery, data, whole, tmp_path):
+    disk = tmp_path/'disk'
+    if not small_disk(disk, 8): pytest.skip('mounting needs rights')
+    try:
+        out = disk/'out'
+        args = config_file(data, out)
+        run = nursery.start(*args, traps=[dict(at=step, n=11, signal=TERM)])
+        assert run.wait() == 143, run.said
+        with open(disk/'ballast', 'wb') as f:                    # all but 150 kB: the log goes on, a checkpoint does not fit
+            free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize
+            f.write(bytes(free - 150_000))
+        before = whole_checkpoints(out)
+        for _ in range(2):
+            run = nursery.start(*args)
+            told(run, 'No space left')
+            check(out, whole())
+            assert whole_checkpoints(out)['last'] == before['last'], 'the last checkpoint stays'
+            assert not leftovers(out)
+        (disk/'ballast').unlink()
+        finish(nursery.start(*args), out, whole())
+    finally: subprocess.run(['umount', str(disk)])
+
+
+@pytest.mark.parametrize('size', [5000, 30_000, 150_000], ids=['not even the log', 'no weights', 'no moments'])
+def test_files_that_cannot_grow(nursery, data, whole, tmp_path, size):
+    "The operating system lets no file grow beyond a size (`ulimit -f`), which is how a quota looks"
+    out = tmp_path/'out'
+    args = config_file(data, out)
+    run = nursery.start(*args, traps=[dict(at=step, n=13, do='limit', bytes=size)])
+    told(run, 'File too large')
+    check(out, whole())
+    assert whole_checkpoints(out)['last'] == 10 and not leftovers(out)
+    finish(nursery.start(*args), out, whole())
+
+
+# two processes
+
+@pytest.mark.parametrize('variant', ['plain', 'workers'])
+def test_two_ranks_stopped_in_every_way(nursery, data, whole, tmp_path, variant):
+    out, want = tmp_path/'out', whole(variant, 2)
+    args = config_file(data, out, **VARIANTS[variant])
+    for trap in [dict(at=step, n=2, signal=TERM, rank=1), dict(at=step, n=2, signal=KILL, rank=1), dict(at=save, n=1, signal=KILL, rank=0),
+                 dict(at=validate, n=1, signal=KILL, rank=1), dict(at=save, n=1, signal=KILL, rank=1, after=True), dict(at=validate, n=1, signal=INT, rank=0)]:
+        ranks = nursery.ranks(2, *args, traps=[trap])
+        began = time.monotonic()
+        ends = [r.wait(30) for r in ranks]
+        assert time.monotonic() - began < 15
+        if trap['signal'] == KILL: assert ends[trap['rank']] == -9 and ends[1 - trap['rank']] not in (0, 143), (trap, ends)
+        else: assert ends == [END[trap['signal']]]*2, (trap, ends, ranks[0].said, ranks[1].said)
+        assert not any(r.orphans() for r in ranks)
+        check(out, want)
+    for r in nursery.ranks(2, *args): assert r.wait() == 0, r.said
+    assert not differences(out, want), differences(out, want)
+
+
+def ranks_of(run, n=2):
+    "Process ids of the ranks by number, once they train"
+    out = {}
+    for pid in run.family():
+        try: env = dict(e.split('=', 1) for e in Path(f'/proc/{pid}/environ').read_bytes().decode(errors='replace').split('\0') if '=' in e)
+        except OSError: continue
+        if 'RANK' in env: out[int(env['RANK'])] = pid
+    return out
+
+
+SLOW = dict(at=step, do='sleep', seconds=.05)
+
+
+def ddp(tmp_path, *args, traps=()): return start(tmp_path, *args, '--ddp', '--num-gpus', 2, traps=[SLOW, *traps])
+
+
+def trun(tmp_path, *args, traps=()): return start(tmp_path, *args, traps=[SLOW, *traps], launcher=torchrun(2))
+
+
+@pytest.mark.parametrize('launcher', [ddp, trun], ids=['ddp', 'torchrun'])
+def test_launcher_passes_on_what_happens(data, whole, tmp_path, launcher):
+    out, want = tmp_path/'out', whole('plain', 2)
+    args = config_file(data, out)
+
+    def until(n, *traps):
+        run = launcher(tmp_path, *args, traps=traps)
+        wait_for(run, lambda: any(k[1] >= n for k in log_lines(out)))
+        return run
+
+    run = until(2)                                              # Ctrl-C in a terminal: all processes hear it
+    run.kill(INT, group=True)
+    assert run.wait(30) in ((130,) if launcher is ddp else (1, 130)), run.said
+    assert not run.orphans() and (launcher is trun or 'Traceback' not in run.said), run.said
+    assert whole_checkpoints(out)['last'] >= 2 and not leftovers(out)
+    check(out, want)
+
+    run = until(5)                                              # a machine is taken away: SIGTERM to the first process
+    run.kill(TERM)
+    assert run.wait(30) in ((143,) if launcher is ddp else (1, 143, -15)), run.said
+    assert not run.orphans() and (launcher is trun or 'Traceback' not in run.said), run.said
+    assert whole_checkpoints(out)['last'] >= 5
+    check(out, want)
+
+    run = until(7)                                              # the launcher is killed: the others do not stay
+    run.kill(KILL)
+    run.wait(10)
+    assert not run.orphans(20), f'left behind: {run.orphans(0)}'
+    check(out, want)
+    run = launcher(tmp_path, *args)
+    assert run.wait() == 0, run.said
+    assert not differences(out, want), differences(out, want)
+
+
+@pytest.mark.parametrize('launcher', [ddp, trun], ids=['ddp', 'torchrun'])
+def test_one_rank_dying_ends_all_with_its_error(data, whole, tmp_path, launcher):
+    out, want = tmp_path/'out', whole('plain', 2)
+    args = config_file(data, out)
+    for trap, words in ((dict(at=step, n=3, rank=1, signal=KILL), ['process 1', 'SIGKILL']),
+                        (dict(at=step, n=3, rank=1, do='raise', text='the wind took it'), ['process 1', 'the wind took it']),
+                        (dict(at=validate, n=1, rank=0, signal=KILL), ['process 0', 'SIGKILL'])):
+        run = launcher(tmp_path, *args, traps=[trap])
+        status = run.wait(40)
+        assert status not in (0, 130, 143), (trap, run.said)
+        assert not run.orphans(), run.orphans(0)
+        if launcher is ddp: assert all(w.lower() in run.lines[-1].lower() for w in words), f'{words} not in the last line:\n{run.said}'
+        check(out, want)
+    run = launcher(tmp_path, *args)
+    assert run.wait() == 0, run.said
+    assert not differences(out, want), differences(out, want)
+
+
+def test_torchrun_restarts_by_itself(data, whole, tmp_path):
+    out, want = tmp_path/'out', whole('plain', 2)
+    run = start(tmp_path, *config_file(data, out), launcher=torchrun(2, '--max-restarts=2'),
+                traps=[dict(at=step, n=9, rank=1, attempt=0, signal=KILL), dict(at=save, n=1, rank=0, attempt=1, signal=KILL)])
+    assert run.wait(90) == 0, run.said
+    assert run.said.count('going on from') == 2, run.said
+    assert not run.orphans() and not differences(out, want), differences(out, want)
+
+
+def test_another_number_of_processes_goes_on_and_says_so(nursery, data, tmp_path):
+    out = tmp_path/'out'
+    args = config_file(data, out)
+    ranks = nursery.ranks(2, *args, traps=[dict(at=step, n=5, signal=TERM, rank=0)])
+    assert [r.wait() for r in ranks] == [143, 143], ranks[0].said
+    one = nursery.start(*args)
+    assert one.wait() == 0, one.said
+    assert 'going on from' in one.said and any('process' in l and '2' in l and '1' in l for l in one.lines), f'nothing is said:\n{one.said}'
+    seen = log_lines(out)
+    assert all(('train', s) in seen for s in range(1, whole_checkpoints(out)['last'] + 1)), 'a step is missing'
+    assert seen['train', max(s for k, s in seen if k == 'train')]['epoch'] == 3
+
+
+# two at once
+
+def test_second_run_in_the_same_folder_is_refused(nursery, data, whole, tmp_path):
+    out = tmp_path/'out'
+    args = config_file(data, out)
+    first = nursery.start(*args, traps=[dict(at=step, do='sleep', seconds=.1)])
+    wait_for(first, lambda: log_lines(out))
+    second = nursery.start(*args)
+    assert second.wait() == 2 and len(second.lines) == 1 and 'out' in second.said, second.said
+    finish(first, out, whole())
