@@ -1,5 +1,6 @@
 # make solo: set up and play a solo over the bundled demo backing.   make solo BACKING=my.mp3: over your own.
 # make test: set up and test everything.   make prepare: before a commit.   make weights: the bundled weights, from nothing.
+# make image IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG: the image that trains in the cloud.   PUSH=1: into its registry too.   CUDA=cu126: for V100 and older.
 
 PYTHON ?= python3
 BACKING ?= demo
@@ -8,7 +9,7 @@ V := .venv/bin
 # The environment is made once, and made anew when the files that describe it change.
 STAMP := .venv/.made-$(shell cat settings.ini setup.py | sha256sum | cut -c1-16)
 
-.PHONY: solo test env sync notebooks readme prepare export weights lab
+.PHONY: solo test env sync notebooks readme prepare export weights lab image
 
 solo: env
 	@$(V)/python -m saxgpt.generate "$(BACKING)" -o out/solo.wav --mix out/mix.wav --plot out/solo.png
@@ -62,3 +63,8 @@ weights: env
 		training.max_steps=1500 training.batch_size=2 training.optimizer.lr=0.0006 training.scheduler.warmup_steps=50 training.val_interval=250
 	$(V)/python -m saxgpt.training.checkpoint models/demo/checkpoints/best saxgpt/weights/xsmall
 	$(V)/saxgpt evaluate --config demo --checkpoint saxgpt/weights/xsmall --windows 200
+
+image:
+	@test -n "$(IMAGE)" || { echo "make image: give it a name, IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG"; exit 2; }
+	docker build --platform linux/amd64 $(if $(CUDA),--build-arg CUDA=$(CUDA)) -t "$(IMAGE)" .
+	$(if $(PUSH),docker push "$(IMAGE)")

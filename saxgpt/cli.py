@@ -17,6 +17,7 @@ commands = dict(
     pipeline='recordings to datasets, resuming where it stopped',
     train='train a model, resuming by itself',
     monitor='watch a training run',
+    vertex='train on rented machines of Vertex AI',
     evaluate='say how well a checkpoint predicts, and whether it listens')
 
 # %% ../nbs/15_cli.ipynb #e280e6d1

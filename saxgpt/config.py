@@ -20,6 +20,8 @@ import yaml
 from fastcore.script import anno_parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .remote import fetch, is_remote
+
 # %% ../nbs/10_config.ipynb #88fe1b7f
 class ConfigError(ValueError):
     "A config that cannot be used; the message names the file, the key, what was given and what is allowed."
@@ -323,10 +325,11 @@ def device_name(
 
 def config_path(
     kind:type[Section], # `DataConfig` or `RunConfig`
-    name, # bundled name or path
+    name, # bundled name or path, here or on gs://
 )->Path: # an existing file
     "Where a config lies."
     name, folder = str(name), configs_dir()/('data' if kind is DataConfig else 'model')
+    if is_remote(name): return fetch(name)
     if '/' in name or name.endswith(('.yaml', '.yml')):
         if not Path(name).is_file(): raise ConfigError(f'{name}: there is no such config file')
         return Path(name)

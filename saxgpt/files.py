@@ -250,7 +250,10 @@ def read_tensors(
 try: import fcntl
 except ImportError: fcntl = None     # Windows: no lock
 
-# %% ../nbs/10a_files.ipynb #01ccf0dd
+# %% ../nbs/10a_files.ipynb #41a85262
+_held = set()
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: [f.close() for f in _held])
+
 @contextmanager
 def _lock(folder):
     try:
@@ -267,7 +270,9 @@ def _lock(folder):
             f.truncate(0)
             f.write(str(os.getpid()).encode())
         except OSError: pass             # a full disk: whoever writes something that matters will say so
-        yield
+        _held.add(f)
+        try: yield
+        finally: _held.discard(f)
 
 # %% ../nbs/10a_files.ipynb #436b6723
 _LEFTOVER = re.compile(r'\.\d+-[0-9a-f]{6}([-+])(.+)')

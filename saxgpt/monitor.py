@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFERENCES', 'COLUMNS', 'PANELS', 'number', 'numbers', 'Curves', 'Run', 'chunks', 'parsed', 'read_run', 'eta',
-           'state', 'span', 'headline', 'row', 'table', 'about', 'thin', 'curve', 'plot_losses', 'plot_panel',
+           'state', 'span', 'headline', 'width', 'row', 'table', 'about', 'thin', 'curve', 'plot_losses', 'plot_panel',
            'plot_run', 'picture', 'follow', 'show_table', 'live_window', 'live_widget', 'live', 'check_folder', 'main']
 
 # %% ../nbs/07e_monitor.ipynb #0b16d509
@@ -121,6 +121,7 @@ def chunks(
             f.seek(start)
             while piece := f.read(size): yield piece
 
+# %% ../nbs/07e_monitor.ipynb #3d17725c
 @patch
 def read(self:Run)->bool: # whether there was anything new
     "Read what has been written since the last look."
@@ -181,7 +182,8 @@ def state(
     if run.event == 'stop': return 'stopped'
     gaps = np.diff(run.train['seconds'][-10:])
     patience = max(600, 5*np.median(gaps)) if np.isfinite(gaps).all() and len(gaps) else 600
-    return 'quiet' if run.written and (time.time() if now is None else now) - run.written > patience else 'running'
+    silence = 0 if run.written is None else (time.time() if now is None else now) - run.written
+    return 'quiet' if silence > patience else 'running'
 
 # %% ../nbs/07e_monitor.ipynb #1b38fdd1
 def span(
@@ -206,15 +208,18 @@ def headline(
     if how == 'finished': out[0] = f'finished at step {step:.0f}{of}, trained {span(run.latest("seconds"))}'
     elif left != '?': out[0] += f', {left} left'
     if how == 'stopped': out.insert(0, 'stopped, the training command goes on from here')
-    if how == 'quiet': out.insert(0, f'nothing new since {time.strftime("%a %d %b %H:%M", time.localtime(run.written))}: killed, or busy with something long')
+    since = time.strftime('%a %d %b %H:%M', time.localtime(run.written))
+    if how == 'quiet': out.insert(0, f'nothing new since {since}: killed, or busy with something long')
     best = run.val['loss']
     if np.isfinite(best).any(): out.append(f'best validation {np.nanmin(best):.4f} at step {run.val["step"][np.nanargmin(best)]:.0f}')
     return '; '.join(out)
 
 # %% ../nbs/07e_monitor.ipynb #e58b5a47
 REFERENCES = {'uniform guessing': math.log(2048), "the original's": 4.40}
-COLUMNS = dict(lr=('lr', '9.2e'), grad_norm=('grad', '7.2f'), frames_per_s=('frames/s', '10,.0f'), mfu=('MFU', '7.1%'),
-               data_wait=('wait', '6.1%'), memory_gb=('GB', '6.1f'), skipped=('skipped', '8.0f'), sampled=('own', '6.1%')) # heading, width and form
+COLUMNS = dict(lr=('lr', '9.2e'), grad_norm=('grad', '7.2f'), frames_per_s=('frames/s', '10,.0f'), mfu=('MFU', '7.1%'), # heading, form
+               data_wait=('wait', '6.1%'), memory_gb=('GB', '6.1f'), skipped=('skipped', '8.0f'), sampled=('own', '6.1%'))
+
+def width(form:str)->int: return int(form.split('.')[0].strip(','))
 
 def row(
     curves:Curves,
@@ -224,9 +229,10 @@ def row(
 )->str:
     "A line of the table."
     def cell(name, form):
-        x, width = curves.columns.get(name, ())[i:i + 1], int(form.split('.')[0].strip(','))
-        return ' '*width if not x else '-'.rjust(width) if math.isnan(x[0]) else f'{x[0]:{form}}'
-    return ''.join(cell(n, f) for n, f in [('loss', '8.4f'), *[(f'cb{k}', '7.3f') for k in range(codebooks)], *[(n, COLUMNS[n][1]) for n in names]])
+        x = curves.columns.get(name, ())[i:i + 1]
+        return ' '*width(form) if not x else '-'.rjust(width(form)) if math.isnan(x[0]) else f'{x[0]:{form}}'
+    forms = {'loss': '8.4f'} | {f'cb{k}': '7.3f' for k in range(codebooks)} | {n: COLUMNS[n][1] for n in names}
+    return ''.join(cell(n, f) for n, f in forms.items())
 
 # %% ../nbs/07e_monitor.ipynb #b37ab9ef
 def table(
@@ -240,8 +246,7 @@ def table(
     K = max(c.codebooks for c in splits.values())
     def known(n): return any(x == x and (x or n not in ('skipped', 'sampled')) for x in run.train.columns.get(n, ())[-lines:])
     names = [n for n in COLUMNS if known(n)]
-    width = {n: int(f.split('.')[0].strip(',')) for n, (_, f) in COLUMNS.items()}
-    heads = ''.join(f'{f"cb{k}":>7}' for k in range(K)) + ''.join(COLUMNS[n][0].rjust(width[n]) for n in names)
+    heads = ''.join(f'{f"cb{k}":>7}' for k in range(K)) + ''.join(COLUMNS[n][0].rjust(width(COLUMNS[n][1])) for n in names)
     shown = sorted((c['step'][i], k, i) for k, c in splits.items() for i in tail[k])
     epoch = {k: c['epoch'] for k, c in splits.items()}
     best = np.nanmin(run.val['loss']) if np.isfinite(run.val['loss']).any() else None
@@ -249,9 +254,10 @@ def table(
     for step, k, i in shown:
         line = f'{step:9.0f}{epoch[k][i]:9.2f} {k:5}{row(splits[k], i, K, names)}'
         out.append(line.rstrip() + ('  best' if k == 'val' and run.val.columns.get('loss', [None]*(i + 1))[i] == best else ''))
-    if shown: out.append('')
-    return '\n'.join([*out, headline(run, now), *about(run), 'for scale: ' + ', '.join(f'{k} {v:.2f}' for k, v in REFERENCES.items())])
+    scale = 'for scale: ' + ', '.join(f'{k} {v:.2f}' for k, v in REFERENCES.items())
+    return '\n'.join([*out, *['']*bool(shown), headline(run, now), *about(run), scale])
 
+# %% ../nbs/07e_monitor.ipynb #f0bde478
 def about(run:Run)->list[str]: # one line, or none
     "Where a run runs."
     a, n, p = run.about, number(run.about.get('processes')), number(run.about.get('parameters'))
@@ -303,7 +309,8 @@ def plot_losses(ax, run:Run):
             if name in curves: curve(ax, curves, name, color=color, label=label if shown else None, **style)
     for name, y in REFERENCES.items():
         ax.axhline(y, color='C3', lw=.8, ls='--')
-        ax.annotate(f'{name} {y:.2f}', (1, y), (-3, 2), xycoords=('axes fraction', 'data'), textcoords='offset points', ha='right', fontsize=8, color='C3')
+        at = dict(xycoords=('axes fraction', 'data'), textcoords='offset points', ha='right', fontsize=8)
+        ax.annotate(f'{name} {y:.2f}', (1, y), (-3, 2), color='C3', **at)
     for step, _ in run.begun[-30:]:
         if step: ax.axvline(step, color='.6', lw=.6, ls=':')
     ax.set(xlabel='step', ylabel='cross-entropy, nats')
@@ -322,11 +329,11 @@ def plot_panel(
     y = scale*run.train[name]
     y = y[np.isfinite(y)]
     curve(ax, run.train, name, scale, lw=.9, **style)
-    if name == 'grad_norm' and y.min() > 0 and y.max() > 20*y.min():
-        ax.set_yscale('log')
-        ax.yaxis.set_major_formatter('{x:g}')
-        ax.yaxis.set_minor_formatter('')
+    wide = name == 'grad_norm' and y.min() > 0 and y.max() > 20*y.min()
+    if wide: ax.set_yscale('log')
     else: ax.set_ylim(0, max(least, 1.15*y.max()))
+    ax.yaxis.set_major_formatter('{x:g}')
+    ax.yaxis.set_minor_formatter('')
     ax.set_title(label, fontsize=8, loc='left', pad=3)
 
 PANELS = [('lr', 'learning rate', 1, 1e-9), ('grad_norm', 'gradient norm', 1, 1e-9), ('frames_per_s', 'frames/s', 1, 1e-9),
@@ -456,7 +463,7 @@ def check_folder(
 ):
     "Refuse a folder that is not there: it is more likely misspelt than about to be made."
     if '://' not in folder and not os.path.exists(folder):
-        raise ConfigError(f'{folder}: there is no such folder; with --config NAME instead of --dir, --watch waits until a run makes it')
+        raise ConfigError(f'{folder}: there is no such folder; with --config instead of --dir, --watch waits until a run makes it')
 
 @command
 def main(

@@ -12,7 +12,7 @@ from fastcore.script import Param
 
 from .config import ConfigError, RunConfig, command, load_config
 from .training.budget import report_batch
-from .training.dist import PeerError, ProcessError, cluster, launch, pick_device
+from .training.dist import PeerError, ProcessError, cluster, launch, leave, pick_device
 from .training.loop import half_type, train, window_steps
 
 # %% ../nbs/07_training.ipynb #81f25e14
@@ -67,4 +67,5 @@ def main(
     cfg, nodes = load_config(RunConfig, config, overrides or ()), cluster()
     if find_batch: return report_batch(cfg, window_steps(cfg), device := pick_device(), half_type(cfg.training.precision, device))
     status = run(cfg, count_processes(ddp or bool(nodes), num_gpus), *(nodes or ()))
+    if 'LOCAL_RANK' in os.environ: leave(status)                     # one of torchrun's; all that matters is written
     if status: raise SystemExit(status)

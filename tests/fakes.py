@@ -76,7 +76,7 @@ class FakeGCS:
         md5 = base64.b64encode(hashlib.md5(o['data']).digest()).decode()
         return dict(kind='storage#object', id=f'{bucket}/{key}/{o["generation"]}', name=key, bucket=bucket, generation=str(o['generation']),
                     metageneration='1', contentType=o['kind'], storageClass='STANDARD', size=str(len(o['data'])), md5Hash=md5,
-                    etag=str(o['generation']), timeCreated=o['at'], updated=o['at'], mediaLink=f'{self.url}/download/storage/v1/b/{bucket}/o/{quote(key, "")}')
+                    etag=str(o['generation']), timeCreated=o['at'], updated=o['at'])
 
     def fault(self, line, kind):
         with self.lock:
@@ -118,7 +118,8 @@ class FakeGCS:
         if m[1]:
             a, b = int(m[1]), int(m[2])
             if a > len(s['data']): raise Answer(400, 'Invalid request: there is a hole before this chunk.')
-            if whole and b - a + 1 != len(body) or total is not None and b >= total: raise Answer(400, 'Invalid request: Content-Range does not fit.')
+            if whole and b - a + 1 != len(body) or total is not None and b >= total:
+                raise Answer(400, 'Invalid request: Content-Range does not fit.')
             if whole and total != b + 1 and len(body) % UNIT: raise Answer(400, 'Invalid request: a chunk is a multiple of 256 KiB.')
             s['data'] += body[len(s['data']) - a:]
             if total is None or len(s['data']) < total: del s['data'][len(s['data']) // UNIT * UNIT:]
@@ -156,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         return bytes(out), not left
 
     def answer(self, status, body=b'', headers={}, cut=None):
-        if not isinstance(body, bytes): headers, body = {'Content-Type': 'application/json; charset=UTF-8', **headers}, json.dumps(body).encode()
+        if not isinstance(body, bytes): headers, body = {'Content-Type': 'application/json', **headers}, json.dumps(body).encode()
         self.send_response(status)
         for k, v in ({'Content-Length': len(body)} | headers).items(): self.send_header(k, str(v))
         self.end_headers()
@@ -211,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def media(self, o):
         data, n = o['data'], len(o['data'])
-        headers = {'Content-Type': o['kind'], 'X-Goog-Generation': o['generation'], 'X-Goog-Hash': 'md5=' + base64.b64encode(hashlib.md5(data).digest()).decode()}
+        headers = {'Content-Type': o['kind'], 'X-Goog-Generation': o['generation']}
         if not (span := self.headers.get('Range')): return 200, data, headers
         m = re.fullmatch(r'bytes=(\d+)-(\d*)', span)
         if not m or int(m[1]) >= n: raise Answer(416, 'Requested range not satisfiable')
@@ -231,12 +232,13 @@ class _Handler(BaseHTTPRequestHandler):
             return 308, b'', {'Range': f'bytes=0-{kept - 1}'} if kept else {}
         if not whole: raise Answer(400, 'torn')
         def free(key):
-            if query.get('ifGenerationMatch') == '0' and key in held: raise Answer(412, 'At least one of the pre-conditions you specified did not hold.')
+            if query.get('ifGenerationMatch') == '0' and key in held: raise Answer(412, 'A pre-condition did not hold.')
             return key
         if query.get('uploadType') == 'resumable':
             key, session = free(query.get('name') or json.loads(body)['name']), hashlib.sha1(os.urandom(8)).hexdigest()
             gcs.sessions[session] = dict(bucket=bucket, key=key, kind=self.headers.get('X-Upload-Content-Type'), data=bytearray(), done=None)
-            return 200, b'', {'Location': f'{gcs.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&name={quote(key, "")}&upload_id={session}'}
+            here = f'{gcs.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable'
+            return 200, b'', {'Location': f'{here}&name={quote(key, "")}&upload_id={session}'}
         if query.get('uploadType') != 'multipart': raise Answer(400, 'Invalid request: uploadType')
         mark = b'--' + re.search(r'boundary="?([^";]+)', self.headers['Content-Type'])[1].encode()
         head, rest = body.split(mark, 2)[1:]

@@ -7,8 +7,8 @@ __all__ = ['SPLITS', 'DatasetError', 'split_of', 'read_header', 'map_tensors', '
            'write_split', 'n_windows', 'dataset_path', 'CodesDataset', 'ResumableSampler', 'CodesLoader', 'make_loader',
            'code_stats', 'settings_of', 'datasheet', 'as_markdown', 'is_done', 'run']
 
-# %% ../../nbs/05_dataset.ipynb #ec3c19cd
-import json
+# %% ../../nbs/05_dataset.ipynb #fdbf2683
+import json, os
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +19,7 @@ from .. import __version__
 from ..config import DataConfig
 from ..files import atomic_path, content_hash, file_hash, is_name, map_parallel, printable, read_jsonl, read_manifest, reason
 from ..patterns import delay
+from ..remote import fetch, is_remote
 
 # %% ../../nbs/05_dataset.ipynb #c4f6e32b
 class DatasetError(ValueError): "Codes or a dataset file that cannot be used"
@@ -145,8 +146,8 @@ def n_windows(length, # frames of a clip, or an array of them
 
 # %% ../../nbs/05_dataset.ipynb #22f7e1d3
 def dataset_path(path)->Path:
-    "The dataset file that a configuration's `train.pt` (or `train.safetensors`) means"
-    return Path(path).with_suffix('.safetensors')
+    "The dataset file that a configuration's `train.pt` (or `train.safetensors`) means; one in a bucket is fetched"
+    return fetch(os.path.splitext(path)[0] + '.safetensors') if is_remote(path) else Path(path).with_suffix('.safetensors')
 
 # %% ../../nbs/05_dataset.ipynb #8918fce0
 def _places(tensors, meta): # -> (offsets int64 (n+1), clips)

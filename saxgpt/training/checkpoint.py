@@ -19,6 +19,7 @@ from ..config import RunConfig, command, parse, to_dict, weights_dir
 from ..files import atomic_dir, file_hash, read_tensors, reason, write_tensors
 from ..model.decoding import laid_out
 from ..model.transformer import SaxGPT
+from ..remote import is_remote
 
 # %% ../../nbs/07b_checkpoint.ipynb #693ed551
 class CheckpointError(ValueError):
@@ -136,12 +137,15 @@ def from_hub(
         raise CheckpointError(f'{name}: there is no such checkpoint folder, nor could it be had from the hub ({said}); check the name, or go online once') from None
 
 def load_model(
-    path='bundled', # a checkpoint folder, 'bundled', or USER/NAME on the hub
+    path='bundled', # a checkpoint folder, here or on gs://, 'bundled', or USER/NAME on the hub
     device='cpu', # where the model goes
     **where # of a model on the hub, as for `from_hub`: revision, cache_dir, token, local_files_only, force_download
 )->tuple[SaxGPT, dict]: # the model in eval mode; config, codec_name, codec_hash, step, metrics, versions, source
     "The model of a checkpoint, ready to play."
     folder, source = weights_dir()/'xsmall' if str(path) == 'bundled' else Path(path), str(path)
+    if is_remote(path):
+        from saxgpt.training.mirror import fetch_checkpoint                  # which knows checkpoints
+        folder = fetch_checkpoint(path)
     if far := not folder.is_dir() and bool(re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', source)):
         folder = from_hub(source, **where)
         if where.get('revision'): source += f'@{where["revision"]}'

@@ -41,7 +41,8 @@ def read_pointer(
     "The folder that a name stands for."
     try: name = json.loads(read_text(f'{url}.json'))['folder']
     except (ValueError, KeyError, TypeError, RecursionError): name = None
-    if not (isinstance(name, str) and AT.fullmatch(name)): raise CheckpointError(f'{url}.json: does not name a checkpoint; remove it')
+    if not (isinstance(name, str) and AT.fullmatch(name)):
+        raise CheckpointError(f'{url}.json: does not name a checkpoint; remove it')
     return name
 
 # %% ../../nbs/07g_mirror.ipynb #153ccc88
@@ -56,6 +57,7 @@ def send(
         if p.name not in there: put(p, f'{url}/{name}/{p.name}')
     return name
 
+# %% ../../nbs/07g_mirror.ipynb #d227d835
 def bring(
     url:str, # a folder with a hashes.json
     out, # folder to make or to replace
@@ -64,7 +66,8 @@ def bring(
     sealed = read_text(f'{url}/hashes.json')
     try: names = list(json.loads(sealed).keys())
     except (ValueError, AttributeError, RecursionError): names = ['']
-    if not all(is_name(n) and n != 'hashes.json' for n in names): raise CheckpointError(f'{url}/hashes.json: is not what was saved; use another checkpoint')
+    if not all(is_name(n) and n != 'hashes.json' for n in names):
+        raise CheckpointError(f'{url}/hashes.json: is not what was saved; use another checkpoint')
     with atomic_dir(out) as tmp:
         for n in names: download(f'{url}/{n}', tmp/n)
         (tmp/'hashes.json').write_bytes(sealed.encode())
@@ -81,9 +84,11 @@ def _points_to(url):
     try: return url, content_hash(read_text(f'{url}/hashes.json'))
     except RemoteMissing as e:
         if 'there is no bucket' in str(e): raise
-    near = [f'{at}/{n[:-5]}' for at in (parent, f'{url}/checkpoints') for n in list_names(at) if n.endswith('.json') and n != 'run.json']
-    raise RemoteMissing(f'{url}: there is no checkpoint' + (f'; there is {", ".join(near)}' if near else '; it is named like gs://BUCKET/run/checkpoints/best'))
+    named = [f'{at}/{n[:-5]}' for at in (parent, f'{url}/checkpoints') for n in list_names(at) if n.endswith('.json') and n != 'run.json']
+    hint = f'there is {", ".join(named)}' if named else 'its name is like gs://BUCKET/run/checkpoints/best'
+    raise RemoteMissing(f'{url}: there is no checkpoint; {hint}')
 
+# %% ../../nbs/07g_mirror.ipynb #9deb17c5
 def fetch_checkpoint(
     url, # gs://BUCKET/run/checkpoints/best, or a local path
     folder=None, # to use as cache
@@ -125,31 +130,35 @@ class Later:
                 self.thread.start()
             self.turn.notify_all()
 
-    def _asked(self):
-        "Wait until there is something to do; False when there will be nothing more."
-        with self.turn:
-            self.turn.wait_for(lambda: self.due or self.closing, self.again if self.failed else None)
-            go = self.due or bool(self.failed) and not self.final
-            self.due, self.final = False, self.closing
-            if not go: self.thread = None
-            return go
+# %% ../../nbs/07g_mirror.ipynb #eaa4a23b
+@patch
+def _asked(self:Later):
+    "Wait until there is something to do; False when there will be nothing more."
+    with self.turn:
+        self.turn.wait_for(lambda: self.due or self.closing, self.again if self.failed else None)
+        go = self.due or bool(self.failed) and not self.final
+        self.due, self.final = False, self.closing
+        if not go: self.thread = None
+        return go
 
-    def _run(self):
-        while self._asked():
-            begun, before = time.monotonic(), self.failed
-            try: self.fn(); self.failed = None
-            except Exception as e: self.failed = e
-            if self.failed and not (before or self.closing): say(f'{reason(self.failed)}; training goes on, and this is tried again later')
-            rest = 0 if self.failed or not self.every else min(300, max(self.every, 20*(time.monotonic() - begun)))
-            with self.turn: self.turn.wait_for(lambda: self.closing, rest)
+@patch
+def _run(self:Later):
+    while self._asked():
+        begun, before = time.monotonic(), self.failed
+        try: self.fn(); self.failed = None
+        except Exception as e: self.failed = e
+        if self.failed and not (before or self.closing): say(f'{reason(self.failed)}; training goes on, and this is tried again later')
+        rest = 0 if self.failed or not self.every else min(300, max(self.every, 20*(time.monotonic() - begun)))
+        with self.turn: self.turn.wait_for(lambda: self.closing, rest)
 
-    def close(self): # what went wrong at the end, or None
-        "Wait for what was asked."
-        with self.turn:
-            self.closing, thread = True, self.thread
-            self.turn.notify_all()
-        while thread and thread.is_alive(): thread.join(.2)     # in slices, so that Ctrl-C gets through
-        return self.failed
+@patch
+def close(self:Later): # what went wrong at the end, or None
+    "Wait for what was asked."
+    with self.turn:
+        self.closing, thread = True, self.thread
+        self.turn.notify_all()
+    while thread and thread.is_alive(): thread.join(.2)     # in slices, so that Ctrl-C gets through
+    return self.failed
 
 # %% ../../nbs/07g_mirror.ipynb #a74cc12a
 @dataclass
@@ -164,33 +173,37 @@ class Mirror:
         far = is_remote(output_dir)
         self.url = output_dir.rstrip('/') if far else None
         self.folder = cache()/'runs'/content_hash(self.url) if far else Path(output_dir)   # to work in
-        self.active, self.me, self.pointers, self.taken = far and main, os.urandom(8).hex(), None, None
+        self.active, self.me, self.pointers, self.torn, self.taken = far and main, os.urandom(8).hex(), None, set(), None
         self.far, self.here, self.snapshots = f'{self.url}/checkpoints', self.folder/'checkpoints', self.folder/'.mirror'
         self.waiting, self.lock, self.claiming, self.numbers = [], threading.Lock(), threading.Lock(), count()
         self.saves, self.log = Later(self._upload), Later(self._upload_log, every=10.)
 
-    def _claim(self):
-        "Make this the run that writes, and see what is there."
-        put(json.dumps({'writer': self.me}).encode(), f'{self.url}/run.json')
-        self.pointers = {}
-        for n in list_names(self.far):
-            if not n.endswith('.json'): continue
-            try: self.pointers[n[:-5]] = read_pointer(f'{self.far}/{n[:-5]}')
-            except CheckpointError as e: say(str(e))
+# %% ../../nbs/07g_mirror.ipynb #2d0fac04
+@patch
+def _claim(self:Mirror):
+    "Make this the run that writes, and see what is there."
+    put(json.dumps({'writer': self.me}).encode(), f'{self.url}/run.json')
+    found = {}
+    for n in list_names(self.far):
+        if not n.endswith('.json'): continue
+        try: found[n[:-5]] = read_pointer(f'{self.far}/{n[:-5]}')
+        except CheckpointError as e: say(str(e))
+    self.pointers = found       # only when all are known: what no name stands for is deleted
 
-    def _own(self):
-        "Go on only while this is the run that writes."
-        with self.claiming:
-            if self.taken: raise self.taken
-            try: mine = self.pointers is not None and json.loads(read_text(f'{self.url}/run.json'))['writer'] == self.me
-            except RemoteMissing: self.pointers = mine = None      # somebody has emptied the folder
-            except (ValueError, KeyError, TypeError): mine = False
-            if self.pointers is None: self._claim()
-            elif not mine:
-                self.taken = RemoteError(f'{self.url}: another run has begun to write there; this one keeps its checkpoints in {self.here}')
-                raise self.taken
+@patch
+def _own(self:Mirror):
+    "Go on only while this is the run that writes."
+    with self.claiming:
+        if self.taken: raise self.taken
+        try: mine = self.pointers is not None and json.loads(read_text(f'{self.url}/run.json'))['writer'] == self.me
+        except RemoteMissing: self.pointers = mine = None      # somebody has emptied the folder
+        except (ValueError, KeyError, TypeError): mine = False
+        if self.pointers is None: self._claim()
+        elif not mine:
+            self.taken = RemoteError(f'{self.url}: another run has begun to write there; this one keeps its checkpoints in {self.here}')
+            raise self.taken
 
-# %% ../../nbs/07g_mirror.ipynb #eaa4a23b
+# %% ../../nbs/07g_mirror.ipynb #3cafa45a
 @patch
 def push(self:Mirror,
     *names # of checkpoints/last, beside 'last': 'best', 'step-100'
@@ -208,6 +221,7 @@ def _queue(self:Mirror, folder, names):
         self.waiting.append(_Job(snapshot, names))
     self.saves.ask()
 
+# %% ../../nbs/07g_mirror.ipynb #17517477
 @patch
 def _upload(self:Mirror):
     "Upload what waits."
@@ -229,13 +243,14 @@ def _upload_log(self:Mirror):
     self._own()
     put(log.read_bytes(), f'{self.url}/metrics.jsonl')
 
-# %% ../../nbs/07g_mirror.ipynb #2d0fac04
+# %% ../../nbs/07g_mirror.ipynb #a86eca62
 @patch
 def _point(self:Mirror, to, names):
     "Have names stand for a folder, and delete those that no name stands for."
     self._own()
     old = self.pointers.get('last')
-    moves = ({'previous': old} if 'last' in names and old not in (None, to) else {}) | dict.fromkeys(sorted(names), to)
+    kept = 'last' in names and old not in (None, to, *self.torn)
+    moves = ({'previous': old} if kept else {}) | dict.fromkeys(sorted(names), to)
     for name, folder in moves.items():
         put(json.dumps({'folder': folder}).encode() + b'\n', f'{self.far}/{name}.json')
         self.pointers[name] = folder
@@ -252,6 +267,12 @@ def _step(folder):
     try: return verify(folder)['step']
     except CheckpointError: return -1
 
+def _name(folder):
+    "The content name of what may be no checkpoint at all."
+    try: return content_name(folder)
+    except (OSError, ValueError, KeyError, TypeError): return None
+
+# %% ../../nbs/07g_mirror.ipynb #9437e84d
 @patch
 def pull(self:Mirror):
     "Begin: have in the local folder the newest of what lies here and in the bucket."
@@ -259,53 +280,52 @@ def pull(self:Mirror):
     shutil.rmtree(self.snapshots, ignore_errors=True)
     with self.claiming: self._claim()
     here = max(_step(self.here/n) for n in ('last', 'previous'))
-    if here >= 0 and not self.pointers: say(f'{self.url}: has no checkpoint yet; going on from step {here} in {self.folder} (delete that to begin anew)')
+    if here >= 0 and not self.pointers:
+        say(f'{self.url}: has no checkpoint yet; going on from step {here} in {self.folder} (delete that to begin anew)')
+    self._tidy()
     brought = self._bring_newest(here)
     if brought or not (self.folder/'metrics.jsonl').exists():
         try: download(f'{self.url}/metrics.jsonl', self.folder/'metrics.jsonl')
         except RemoteMissing: pass
     self._bring_best()
-    self._tidy()
     if not brought: self._queue_missing(here)
 
+# %% ../../nbs/07g_mirror.ipynb #f65944eb
 @patch
 def _bring_newest(self:Mirror, here):
     "Fetch `last`, or what comes closest, if it is newer than step `here`; whether that was done."
     order = ['last', 'previous', *sorted(self.pointers.keys() - {'last', 'previous'}, key=lambda n: -step_of(self.pointers[n]))]
-    for name in [n for n in order if n in self.pointers]:
-        if name not in self.pointers: continue      # a torn one had this name too
-        if step_of(at := self.pointers[name]) <= here: return False
+    for at in dict.fromkeys(self.pointers[n] for n in order if n in self.pointers):
+        if step_of(at) <= here: return False
         if self._bring(at, 'last'): return True
     return False
 
 @patch
 def _bring(self:Mirror, at, name):
-    "Fetch one folder; a torn one loses its names."
+    "Fetch one folder, if it is whole."
     try: bring(f'{self.far}/{at}', self.here/name)
     except (CheckpointError, RemoteMissing) as e:
         say(f'{e}; trying the one before')
-        self.pointers = {n: a for n, a in self.pointers.items() if a != at}
+        self.torn.add(at)
         return False
     return True
 
 @patch
 def _bring_best(self:Mirror):
     at = self.pointers.get('best')
-    if step_of(at) <= _step(self.here/'best'): return
-    if (self.here/'last').is_dir() and content_name(self.here/'last') == at: link_checkpoint(self.here/'last', self.here/'best')
+    if at in self.torn or step_of(at) <= _step(self.here/'best'): return
+    if _name(self.here/'last') == at: link_checkpoint(self.here/'last', self.here/'best')
     else: self._bring(at, 'best')
 
-# %% ../../nbs/07g_mirror.ipynb #3cafa45a
+# %% ../../nbs/07g_mirror.ipynb #4cd93dac
 @patch
 def _queue_missing(self:Mirror, here):
     "Upload what is newer on this machine."
     found = sorted(p for p in self.here.glob('*') if p.name == 'best' or p.name.startswith('step-'))
-    if here > step_of(self.pointers.get('last')): found += [self.here/'last' if _step(self.here/'last') == here else self.here/'previous']
+    if here > step_of(self.pointers.get('last')): found.append(self.here/('last' if _step(self.here/'last') == here else 'previous'))
     for p in found:
         name = 'last' if p.name == 'previous' else p.name
-        try: newer = step_of(content_name(p)) > step_of(self.pointers.get(name))
-        except (OSError, ValueError, KeyError): continue
-        if newer and _step(p) >= 0: self._queue(p, {name})
+        if step_of(_name(p)) > step_of(self.pointers.get(name)) and _step(p) >= 0: self._queue(p, {name})
 
 @patch
 def logged(self:Mirror):
@@ -317,5 +337,5 @@ def close(self:Mirror):
     "Wait for all uploads; `RemoteError` if some of the run is only on this machine."
     if not self.active: return
     if not self.taken: self.log.ask()
-    if e := self.saves.close() or self.log.close() or self.taken:
+    if e := next(filter(None, [self.saves.close(), self.log.close(), self.taken]), None):
         raise RemoteError(f'{reason(e)}; not all of the run is in {self.url}, all of it is in {self.folder}')

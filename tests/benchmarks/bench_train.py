@@ -4,8 +4,9 @@
 
 Ours is a whole `Trainer(cfg).fit()`, as the command runs it: its loader, moving average, log and safety checks, without validation; the clock
 runs from the end of the last warm-up step to the end of the last step. The plain loop is `plain` below, with torch's own DataLoader. Rounds
-alternate; the ratio is that of neighbours: median, and lowest to highest. `wait` is the share of the time in which a step waits for its batch.
-`idle` is the share in which the loader would have nothing to do: one less how often its own speed goes into the speed of training.
+alternate; the ratio is that of neighbours: median, lowest and highest, and the median by processor time, which other programs on the machine
+disturb less. `wait` is the share of the time in which a step waits for its batch; `loader` is how fast the loader is when nothing waits for it
+but the next batch, and `idle` the share of the time in which it has nothing to do, 1 - ours/loader.
 """
 import argparse
 import contextlib
@@ -84,8 +85,9 @@ def config(size, data, out, **training):
 
 
 def now():
+    "Seconds on the wall and of the processor, all threads of this process."
     if gpu: torch.cuda.synchronize()
-    return time.perf_counter()
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 @contextlib.contextmanager
@@ -100,7 +102,7 @@ def quiet():
 
 
 def ours(cfg):
-    "Frames a second of a run of our trainer, and what it logs of itself."
+    "Frames per second (on the wall, of the processor) of a run of our trainer, and what it logs of itself."
     trainer, at = Trainer(cfg, World(device=dev)), {}
     step = trainer.train_step
 
@@ -117,7 +119,7 @@ def ours(cfg):
 
 
 def plain(cfg):
-    "Frames a second of the loop that anybody would write."
+    "The same of the loop that anybody would write."
     t, o = cfg.training, cfg.training.optimizer
     torch.manual_seed(0)
     model = SaxGPT(cfg.model).to(dev).train()
@@ -155,7 +157,7 @@ def loader_alone(cfg):
 
 def measure(make, rounds):
     "Both in turns: rates, the ratio of neighbours and what ours says of itself."
-    rates, ratios, said, memory = dict(ours=[], plain=[]), [], [], {}
+    runs, said, memory = [], [], {}
     for i in range(rounds):
         pair = {}
         for kind in (ours, plain) if i % 2 else (plain, ours):
@@ -164,14 +166,28 @@ def measure(make, rounds):
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             with tempfile.TemporaryDirectory() as out, quiet():
-                pair[kind.__name__], more = kind(make(out, kind))
+                rate, more = kind(make(out, kind))
+            pair[kind.__name__] = dict(zip(('wall', 'cpu'), rate.tolist()))
             if kind is ours: said.append(more)
             if gpu: memory[kind.__name__] = torch.cuda.max_memory_allocated()/1e9
-        for k, v in pair.items(): rates[k].append(v)
-        ratios.append(pair['ours']/pair['plain'])
-    keys = {k for s in said for k in s if k != 'compiled'}
-    return dict(rates=rates, ours=median(rates['ours']), plain=median(rates['plain']), ratio=median(ratios), low=min(ratios), high=max(ratios),
-                compiled=[s['compiled'] for s in said], memory_gb=memory, **{k: median(s[k] for s in said if k in s) for k in keys})
+        runs.append(pair)
+    out = dict(runs=runs, compiled=[s['compiled'] for s in said], memory_gb=memory)
+    for clock in ('wall', 'cpu'):
+        ratios = [p['ours'][clock]/p['plain'][clock] for p in runs]
+        out[clock] = {k: median(p[k][clock] for p in runs) for k in ('ours', 'plain')} | dict(ratio=median(ratios), low=min(ratios), high=max(ratios))
+    return out | {k: median(s[k] for s in said if k in s) for k in {k for s in said for k in s} - {'compiled'}}
+
+
+def show(r):
+    "A line of the table."
+    def share(k): return f'{r[k]:7.1%}' if k in r else f'{"-":>7}'
+    w, name = r['wall'], ', '.join(filter(None, (r['size'], r['precision'], r['kind'])))
+    span = f'{w["low"]:.3f} to {w["high"]:.3f}'
+    line = f'{name:26}{w["ours"]:9.0f}{w["plain"]:9.0f}{w["ratio"]:12.3f}  {span:19}{r["cpu"]["ratio"]:11.3f}'
+    line += f'{share("data_wait")}{r["loader"]:10.0f}{share("idle")}'
+    if gpu: line += f'{share("mfu")}   {r["memory_gb"]["ours"]:.1f} {r["memory_gb"]["plain"]:.1f}'
+    if r['kind'] == 'compiled' and not all(r['compiled']): line += f'   ours compiled in {sum(r["compiled"])} of {len(r["compiled"])}: it did not help'
+    print(line, flush=True)
 
 
 def main():
@@ -179,7 +195,8 @@ def main():
                    threads=args.threads)
     settings = {k: v for k, v in vars(args).items() if k not in ('out', 'threads')}
     print(' '.join(f'{k}={v}' for k, v in (machine | settings).items()), flush=True)
-    print(f'\n{"frames/s":31}{"ours":>9}{"plain":>9}{"ours/plain":>12}  {"lowest to highest":18}{"wait":>7}{"loader":>10}{"idle":>7}' + f'{"MFU":>7}   GB, ours and plain'*gpu)
+    heads = f'{"frames/s":26}{"ours":>9}{"plain":>9}{"ours/plain":>12}  {"lowest to highest":19}{"of cpu time":>11}{"wait":>7}{"loader":>10}{"idle":>7}'
+    print('\n' + heads + f'{"MFU":>7}   GB, ours and plain'*gpu)
     out = dict(machine=machine, settings=settings, runs=[])
     known = type(config('xsmall', 'x', 'x').training).model_fields
     with tempfile.TemporaryDirectory() as folder:
@@ -191,13 +208,9 @@ def main():
                     more = dict(compile='true') if kind == 'compiled' else dict(ema_decay=0) if kind else {}
                     if not set(more) <= set(known): continue
                     r = measure(lambda out, kind: config(size, data, out, precision=precision, **(more if kind is ours or 'compile' in more else {})), args.rounds)
-                    r |= dict(size=size, precision=precision, kind=kind, loader=alone, idle=1 - r['ours']/alone)
+                    r |= dict(size=size, precision=precision, kind=kind, loader=alone, idle=1 - r['wall']['ours']/alone)
                     out['runs'].append(r)
-                    def share(k): return f'{r[k]:7.1%}' if k in r else f'{"-":>7}'
-                    note = '' if kind != 'compiled' or all(r['compiled']) else f'   compiled in {sum(r["compiled"])} of {args.rounds} rounds: it did not help'
-                    print(f'{size + ", " + precision + (", " if kind else "") + kind:31}{r["ours"]:9.0f}{r["plain"]:9.0f}{r["ratio"]:12.3f}  '
-                          f'{r["low"]:.3f} to {r["high"]:.3f}    {share("data_wait")}{alone:10.0f}{share("idle")}' +
-                          (f'{share("mfu")}   {r["memory_gb"]["ours"]:.1f} {r["memory_gb"]["plain"]:.1f}' if gpu else '') + note, flush=True)
+                    show(r)
                     if args.out: Path(args.out).write_text(json.dumps(out, indent=1))
 
 
