@@ -210,9 +210,9 @@ class OptimizerConfig(Section):
 # %% ../nbs/10_config.ipynb #27b70bf3
 class SampledConfig(Section):
     "Scheduled sampling: a growing share of the steps that the decoder hears are its own."
-    share: float = field(0., 'share of steps with the model\'s own codes at the end of the ramp', ge=0, le=1)
-    start: int = field(0, 'step at which the ramp begins', ge=0)
-    ramp: int = field(1000, 'steps from none to the full share', ge=1)
+    share: float = field(0., 'share of time steps that are heard from the model itself at the end of the ramp', ge=0, le=1)
+    start: int = field(0, 'training step at which the ramp begins', ge=0)
+    ramp: int = field(1000, 'training steps from none to the full share', ge=1)
 
 class TrainingConfig(Section):
     "How the model is trained."
@@ -221,12 +221,12 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: int = field(1, 'micro-steps per step', ge=1)
     scheduler: SchedulerConfig = field(SchedulerConfig(), 'learning rate')
     optimizer: OptimizerConfig = field(OptimizerConfig(), 'AdamW')
-    output_dir: str = field(..., 'checkpoints and metrics')
+    output_dir: str = field(..., 'checkpoints and metrics', min_length=1)
     log_interval: int = field(50, 'steps from log line to log line', ge=1)
     save_interval: int = field(100, 'epochs from kept checkpoint to kept checkpoint', ge=1)
     num_workers: int = field(2, 'loader processes', ge=0)
     use_pbar: bool = field(True, 'show a progress bar')
-    resume_from_checkpoint: str|None = field(None, 'a checkpoint folder; null takes the last one in output_dir')
+    resume_from_checkpoint: str|None = field(None, 'a checkpoint folder, or bundled; null takes the last one in output_dir')
     seed: int = field(0, 'of weights, order and dropout')
     precision: Literal['auto', 'fp32', 'fp16', 'bf16'] = field('auto', 'auto is bf16 or fp16 on a GPU, fp32 on a CPU')
     max_grad_norm: float = field(1., 'gradients are clipped to this norm', gt=0)

@@ -10,6 +10,7 @@ What happens inside a run is said by its traps, a list of dicts (JSON in the env
                                                                 is being written is left torn
     dict(trace=path, under=folder)                              write down these operations
     rank=1, attempt=0, whom='group' or 'parent', after=True     only there, only before torchrun's first restart, another target, behind the call
+    then=.3                                                     seconds that pass before the run goes on
 """
 import importlib
 import importlib.abc
@@ -64,6 +65,7 @@ def _do(trap):
         resource.setrlimit(resource.RLIMIT_FSIZE, (trap['bytes'],)*2)
     elif trap.get('whom') == 'group': os.killpg(os.getpgrp(), trap['signal'])
     else: os.kill(os.getppid() if trap.get('whom') == 'parent' else os.getpid(), trap['signal'])
+    time.sleep(trap.get('then', 0))
 
 
 def _wrap(owner, name, traps):
@@ -190,9 +192,7 @@ def _finish():
 def _nursery():
     import saxgpt.training.loop, torch.distributed, yaml    # noqa: E401, F401
     torch.set_num_threads(1)
-    net = torch.nn.Linear(2, 2)
-    torch.optim.AdamW(net.parameters(), fused=True).zero_grad()     # brings in what is imported late
-    net(torch.ones(1, 2)).sum().backward()
+    torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), fused=True)      # brings in what is imported late
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     children = {}
     print('ready', flush=True)
@@ -220,13 +220,13 @@ def _nursery():
 
 # outside: to start, to kill, to look at
 
-ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')
+ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1', CUDA_VISIBLE_DEVICES='')      # bits are promised on the CPU
 for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SAXGPT_TRAPS'): ENV.pop(k, None)
 
 
 class Run:
     "A process (and whatever it starts) that is or was running"
-    def __init__(self, pid, log, name='', popen=None): self.pid, self.log, self.name, self.popen, self.began = pid, Path(log), name, popen, time.monotonic()
+    def __init__(self, pid, log, name='', popen=None): self.pid, self.log, self.name, self.popen = pid, Path(log), name, popen
 
     @property
     def said(self): return self.log.read_text(errors='replace') if self.log.exists() else ''
@@ -259,7 +259,7 @@ class Run:
             if not p.name.isdigit(): continue
             try:
                 state, _, _, session = (p/'stat').read_text().rpartition(')')[2].split()[:4]
-                ours = int(session) == self.pid or (self.name and f'SAXGPT_RUN={self.name}'.encode() in (p/'environ').read_bytes().split(b'\0'))
+                ours = int(session) == self.pid or self.name and f'SAXGPT_RUN={self.name}'.encode() in (p/'environ').read_bytes().split(b'\0')
                 if ours and state not in 'ZX': out[int(p.name)] = (p/'cmdline').read_bytes().replace(b'\0', b' ').decode(errors='replace')[:120]
             except (OSError, ValueError): pass
         return out
@@ -285,7 +285,8 @@ class Nursery:
     "Forks runs from a process that has everything imported"
     def __init__(self):
         self.lock, self.folder = threading.Lock(), Path(tempfile.mkdtemp(prefix='saxgpt-kills-'))
-        self.process = subprocess.Popen([sys.executable, str(HERE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=_path(ENV))
+        self.process = subprocess.Popen([sys.executable, str(HERE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+                                        env=_path(ENV))
         assert self.process.stdout.readline() == 'ready\n', 'the nursery did not start'
 
     def start(self, *args, traps=(), **env):
@@ -298,7 +299,8 @@ class Nursery:
     def ranks(self, n, *args, traps=()):
         "The same command in n processes that know of each other, without a launcher"
         port = free_port()
-        return [self.start(*args, traps=traps, RANK=r, LOCAL_RANK=r, WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port) for r in range(n)]
+        meet = dict(WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        return [self.start(*args, traps=traps, RANK=r, LOCAL_RANK=r, **meet) for r in range(n)]
 
     def close(self):
         self.process.stdin.close()
@@ -314,7 +316,16 @@ def free_port():
 
 def _path(env, *folders): # so that forked and started processes import what the tests import
     import saxgpt
-    return dict(env, PYTHONPATH=os.pathsep.join([*map(str, folders), str(Path(saxgpt.__file__).parents[1]), env.get('PYTHONPATH', '')]).rstrip(os.pathsep))
+    return dict(env, PYTHONPATH=os.pathsep.join([*map(str, folders), str(Path(saxgpt.__file__).parents[1]), *filter(None, [env.get('PYTHONPATH')])]))
+
+
+SITE = f'''import os, sys
+if "SAXGPT_TRAPS" in os.environ:
+    sys.path.append({str(HERE.parent)!r})
+    import json, kills
+    kills.set_traps(json.loads(os.environ["SAXGPT_TRAPS"]))
+open(os.environ["SAXGPT_AWAKE"], "w").close()
+'''
 
 
 def start(folder, *args, traps=(), launcher=(), out=None, **env):
@@ -322,15 +333,14 @@ def start(folder, *args, traps=(), launcher=(), out=None, **env):
     name, site = uuid.uuid4().hex, Path(folder)/'site'
     log = Path(folder)/f'{name}.log'
     site.mkdir(exist_ok=True)
-    (site/'sitecustomize.py').write_text(f'import os, sys\nif "SAXGPT_TRAPS" in os.environ:\n    sys.path.append({str(HERE.parent)!r})\n    import json, kills\n'
-                                         '    kills.set_traps(json.loads(os.environ["SAXGPT_TRAPS"]))\nopen(os.environ["SAXGPT_AWAKE"], "w").close()\n')
+    (site/'sitecustomize.py').write_text(SITE)
     env = dict(_path(ENV, site), SAXGPT_RUN=name, SAXGPT_AWAKE=f'{log}.awake', **{k: str(v) for k, v in env.items()})
     if traps: env['SAXGPT_TRAPS'] = json.dumps(list(traps))
     def normal():                               # SIGINT is ignored where the tests run in the background
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     with open(log, 'w') as f:
-        p = subprocess.Popen([sys.executable, *map(str, launcher), '-m', 'saxgpt.train', *map(str, args)], env=env, stdin=subprocess.DEVNULL, stdout=out or f, stderr=out or f,
-                             start_new_session=True, preexec_fn=normal)
+        p = subprocess.Popen([sys.executable, *map(str, launcher), '-m', 'saxgpt.train', *map(str, args)], env=env, stdin=subprocess.DEVNULL,
+                             stdout=out or f, stderr=out or f, start_new_session=True, preexec_fn=normal)
     return Run(p.pid, log, name, p)
 
 
@@ -374,8 +384,8 @@ def config_file(data, out, name='config', model={}, **training):
     path.parent.mkdir(parents=True, exist_ok=True)
     tiny = dict(vocab_size=17, padding_idx=16, d_model=32, nhead=2, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=64, max_seq_len=32,
                 dropout=.1, condition_dropout=.2)
-    run = dict(num_epochs=3, batch_size=4, gradient_accumulation_steps=2, output_dir=str(out), log_interval=1, save_interval=1, val_interval=5, num_workers=0,
-               use_pbar=False, optimizer=dict(lr=3e-3), scheduler=dict(warmup_steps=6), precision='fp32')
+    run = dict(num_epochs=3, batch_size=4, gradient_accumulation_steps=2, output_dir=str(out), log_interval=1, save_interval=1, val_interval=5,
+               num_workers=0, use_pbar=False, optimizer=dict(lr=3e-3), scheduler=dict(warmup_steps=6), precision='fp32')
     if training.pop('plain', False): run |= dict(ema_decay=0.)
     else: run |= dict(ema_decay=.9, scheduled_sampling=dict(share=.6, start=2, ramp=6))
     path.write_text(yaml.safe_dump(dict(data=dict(train_path=str(data/'train.safetensors'), val_path=str(data/'val.safetensors')), model=tiny | model,
@@ -424,8 +434,8 @@ def bits(folder):
     if state.exists():
         plain = dict(clean(json.loads(state.read_text()))['pairs'])
         place = dict(plain['data']['pairs'])
-        if place['position'] >= place['n']: plain['data'] = place | dict(epoch=place['epoch'] + 1, position=0)      # the end of a pass is the beginning of the next
-        else: plain['data'] = place
+        end = place['position'] >= place['n']                         # the end of a pass is the beginning of the next
+        plain['data'] = place | dict(epoch=place['epoch'] + 1, position=0) if end else place
         out |= {f'trainer.json: {k}': v for k, v in plain.items()}
     return out
 

@@ -87,21 +87,24 @@ def test_never_stopped_gives_the_same_bits_twice(data, whole, tmp_path):
     finish(run, tmp_path/'out', whole())
 
 
-cuts = [dict(at=step, n=2, signal=INT, after=True), dict(at=step, n=2, signal=KILL), dict(at=step, n=3, signal=TERM, after=True),
-        dict(at=validate, n=1, signal=TERM), dict(at=validate, n=1, signal=KILL), dict(at=save, n=1, signal=KILL), dict(at=save, n=2, signal=KILL, after=True),
-        dict(at=save, n=1, signal=INT, whom='group'), dict(at=validate, n=1, signal=INT, whom='group', after=True), dict(at=save, n=1, signal=TERM, after=True)]
+cuts = [dict(at=step, n=2, signal=INT, after=True), dict(at=step, n=2, signal=TERM, whom='group', then=.3), dict(at=step, n=2, signal=KILL),
+        dict(at=step, n=3, signal=TERM, after=True), dict(at=validate, n=1, signal=TERM), dict(at=validate, n=1, signal=KILL),
+        dict(at=save, n=1, signal=KILL), dict(at=save, n=2, signal=KILL, after=True), dict(at=save, n=1, signal=INT, whom='group'),
+        dict(at=validate, n=1, signal=INT, whom='group', after=True), dict(at=save, n=1, signal=TERM, after=True)]
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_stopped_ten_times(nursery, data, whole, tmp_path, variant):
+def test_stopped_many_times(nursery, data, whole, tmp_path, variant):
     out, want = tmp_path/'out', whole(variant)
-    args = config_file(data, out, **VARIANTS[variant])
+    args, hits = config_file(data, out, **VARIANTS[variant]), 0
     for trap in cuts:
         run = nursery.start(*args, traps=[trap])
-        assert run.wait() in (0, END[trap['signal']]), (trap, run.said)
+        hits += (status := run.wait()) != 0
+        assert status in (0, END[trap['signal']]), (trap, run.said)
         clean(run)
         check(out, want)
         if trap['signal'] != KILL: assert not leftovers(out)
+    assert hits >= 8, f'only {hits} of {len(cuts)} signals came before the end'
     finish(nursery.start(*args), out, want)
 
 
@@ -134,6 +137,18 @@ def test_started_again_at_once(nursery, data, whole, tmp_path):
     finish(nursery.start(*args), out, want)
 
 
+def test_loader_process_killed(data, whole, tmp_path):
+    "What a machine short of memory does first"
+    out = tmp_path/'out'
+    args = config_file(data, out, num_workers=2)
+    run = start(tmp_path, *args, traps=[SLOW])
+    wait_for(run, lambda: any(k[1] == 7 for k in log_lines(out)))
+    os.kill(max(run.family()), KILL)
+    assert run.wait() == 2 and 'Traceback' not in run.said and 'num_workers' in run.lines[-1], run.said
+    assert not run.orphans()
+    finish(start(tmp_path, *args), out, whole())
+
+
 # every crash point of a save
 
 @pytest.fixture(scope='module')
@@ -145,8 +160,8 @@ def before_the_end(nursery, data, whole, tmp_path_factory):
     return out
 
 
-def at_crash_point(nursery, data, base, want, out, op):
-    "Kill at the op-th file operation, then let the next run finish"
+def at_crash_point(nursery, data, base, want, out, op, *more):
+    "Kill at the op-th file operation, the next run at its own, and so on; then let one finish"
     shutil.copytree(base, out)
     args = config_file(data, out)
     run = nursery.start(*args, traps=[dict(op=op, under=str(out))])
@@ -157,12 +172,16 @@ def at_crash_point(nursery, data, base, want, out, op):
     assert whole_names & {'last', 'previous'}, f'operation {op}: nothing to go on from'
     put_back = {p.name.partition('+')[2] for p in (out/'checkpoints').glob('.*+*')}           # by the next run
     assert whole_names | put_back >= whole_checkpoints(base).keys() - {'last', 'previous'}, f'operation {op}: a kept checkpoint is gone'
-    run = nursery.start(*args)
-    finish(run, out, want)
+    for op in more:
+        run = nursery.start(*args, traps=[dict(op=op, under=str(out))])
+        assert run.wait() in (0, -9), run.said
+        check(out, want)
+    finish(nursery.start(*args), out, want)
     shutil.rmtree(out)
 
 
 def operations(nursery, data, base, out):
+    "What a run does to its files, from the base on: [kind, path]"
     shutil.copytree(base, out)
     run = nursery.start(*config_file(data, out), traps=[dict(trace=str(out) + '.trace', under=str(out))])
     assert run.wait() == 0, run.said
@@ -170,9 +189,20 @@ def operations(nursery, data, base, out):
 
 
 def test_every_crash_point_of_a_save(nursery, data, whole, before_the_end, tmp_path):
-    n, want = len(operations(nursery, data, before_the_end, tmp_path/'trace')), whole()
-    assert n > 20
+    ops, want = operations(nursery, data, before_the_end, tmp_path/'trace'), whole()
+    n, seen = len(ops), {kind for kind, _ in ops}
+    assert n > 20 and seen >= {'serialize', 'open', 'fsync', 'rename', 'link', 'remove'}, seen
     all_of({f'operation {op}': lambda op=op: at_crash_point(nursery, data, before_the_end, want, tmp_path/f'op{op}', op) for op in range(1, n + 1)})
+
+
+def test_killed_again_while_tidying_up(nursery, data, whole, before_the_end, tmp_path):
+    "The next run is killed at its first file operations, where it sweeps and puts back what was being replaced"
+    ops = operations(nursery, data, before_the_end, tmp_path/'trace')
+    moved = [i + 2 for i, (kind, p) in enumerate(ops) if kind == 'rename' and '+' in p]      # the old one is away, the new one not there yet
+    assert moved
+    points = [(op, k) for op in range(1, len(ops) + 1, 1 if ALL else 9) for k in ((1, 2, 5) if ALL else (2,))]
+    points += [(op, k) for op in moved for k in range(1, 7)]
+    all_of({f'operation {p}': lambda p=p: at_crash_point(nursery, data, before_the_end, whole(), tmp_path/f'op{p[0]}-{p[1]}', *p, 1) for p in points})
 
 
 def test_a_power_cut_finds_on_disk_what_was_renamed(nursery, data, before_the_end, tmp_path):
@@ -219,20 +249,20 @@ def becomes_folder(p): p.unlink(); p.mkdir()
 def becomes_pipe(p): p.unlink(); os.mkfifo(p)
 
 
-def says(text): return lambda p: p.write_text(text)
+def says(text): return lambda p: p.write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
-def adds(name, value): return lambda p: p.write_text(json.dumps({**json.loads(p.read_text()), name: value}))
+def adds(name): return lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {name: '0'*64}))
 
 
 FILES = 'model.safetensors', 'trainer.safetensors', 'config.json', 'trainer.json', 'hashes.json'
-HOSTILE = dict(null='null', list='[]', number='1e999', text='"model.safetensors"', deep='['*100_000, latin=b'\xff\xfe{}', up='{"../../../secret": "0"}',
-               absolute='{"/etc/passwd": "0"}', device='{"/dev/zero": "0"}', empty='{}', nested='{"model.safetensors": {"model.safetensors": []}}')
+HOSTILE = dict(null='null', list='[]', number='1e999', text='"model.safetensors"', deep='['*100_000, latin=b'\xff\xfe{}',
+               up='{"../../../secret": "0"}', absolute='{"/etc/passwd": "0"}', device='{"/dev/zero": "0"}', empty='{}',
+               nested='{"model.safetensors": {"model.safetensors": []}}')
 torn = {f'{how.__name__} {f}': (f, how) for f in FILES for how in (cut, empty, flip, Path.unlink, becomes_folder)}
-torn |= {f'{f} {k}': (f, (lambda t: lambda p: p.write_bytes(t if isinstance(t, bytes) else t.encode()))(t)) for k, t in HOSTILE.items() for f in ('hashes.json',)}
+torn |= {f'hashes.json holds {k}': ('hashes.json', says(text)) for k, text in HOSTILE.items()}
 torn |= {f'pipe {f}': (f, becomes_pipe) for f in ('hashes.json', 'model.safetensors')}
-torn |= {'one more file asked for': ('hashes.json', adds('more.safetensors', '0'*64)), 'a device asked for': ('hashes.json', adds('/dev/zero', '0'*64)),
-         'a way up asked for': ('hashes.json', adds('../previous/config.json', '0'*64))}
+torn |= {f'hashes.json asks for {name}': ('hashes.json', adds(name)) for name in ('more.safetensors', '/dev/zero', '../previous/config.json')}
 
 
 def torn_and_finished(nursery, data, base, want, out, name, how):
@@ -248,7 +278,18 @@ def torn_and_finished(nursery, data, base, want, out, name, how):
 
 def test_torn_or_tampered_is_noticed_and_the_one_before_is_used(nursery, data, whole, stopped, tmp_path):
     want = whole()
-    all_of({label: lambda i=i, t=t: torn_and_finished(nursery, data, stopped, want, tmp_path/f't{i}', *t) for i, (label, t) in enumerate(torn.items())})
+    all_of({label: lambda i=i, t=t: torn_and_finished(nursery, data, stopped, want, tmp_path/f't{i}', *t)
+            for i, (label, t) in enumerate(torn.items())})
+
+
+def test_two_torn_and_the_third_is_used(nursery, data, whole, stopped, tmp_path):
+    out = tmp_path/'out'
+    shutil.copytree(stopped, out)
+    cut(out/'checkpoints'/'last'/'trainer.safetensors')
+    (out/'checkpoints'/'previous'/'config.json').unlink()
+    run = nursery.start(*config_file(data, out))
+    finish(run, out, whole())
+    assert [sum(f'checkpoints/{n}' in l for l in run.lines) for n in ('last', 'previous', 'step-8')] == [1, 1, 1], run.said
 
 
 def test_torn_run_that_began_elsewhere(nursery, data, stopped, tmp_path):
@@ -269,10 +310,10 @@ def test_torn_run_that_began_elsewhere(nursery, data, stopped, tmp_path):
 
 
 def test_folder_that_is_none(nursery, data, whole, stopped, tmp_path):
-    for label, how in dict(file=lambda p: (shutil.rmtree(p), p.write_text('last')), link=lambda p: (shutil.rmtree(p), p.symlink_to(tmp_path/'nowhere')),
-                           empty=lambda p: (shutil.rmtree(p), p.mkdir())).items():
+    for label, how in dict(file=lambda p: p.write_text('last'), link=lambda p: p.symlink_to(tmp_path/'nowhere'), empty=Path.mkdir).items():
         out = tmp_path/label
         shutil.copytree(stopped, out)
+        shutil.rmtree(out/'checkpoints'/'last')
         how(out/'checkpoints'/'last')
         finish(nursery.start(*config_file(data, out)), out, whole())
 
@@ -294,7 +335,7 @@ def test_no_whole_checkpoint_is_one_clear_error(nursery, data, stopped, tmp_path
 @pytest.mark.parametrize('sig', [INT, TERM], ids=['ctrl-c', 'sigterm'])
 def test_second_signal_leaves_at_once(nursery, data, whole, tmp_path, sig):
     out = tmp_path/'out'
-    args = config_file(data, out)
+    args = config_file(data, out, num_workers=2)
     run = nursery.start(*args, traps=[dict(at=step, n=8, do='sleep', seconds=60)])
     wait_for(run, lambda: any(k[1] == 7 for k in log_lines(out)))
     time.sleep(.2)
@@ -330,7 +371,7 @@ def test_signal_while_the_program_starts(data, whole, tmp_path, sig):
         run.kill(sig, group=True)
         return seconds, run
     wrong = []
-    for t in [.05, .15, .3, .5, .8, 1.1, 1.5] if not ALL else [.05 + i/30 for i in range(60)]:
+    for t in [.05, .2, .5, .9, 1.4] if not ALL else [.05 + i/30 for i in range(60)]:
         seconds, run = after(t)
         status = run.wait()
         if 'Traceback' in run.said or status not in (0, END[sig], -sig): wrong.append(f'after {t} s: status {status}, {run.said[-300:]}')
@@ -445,11 +486,12 @@ def test_nobody_reads_what_is_said(nursery, data, whole, tmp_path):
 def two_ranks_stopped(nursery, data, want, out, variant):
     args = config_file(data, out, **VARIANTS[variant])
     for trap in [dict(at=step, n=2, signal=TERM, rank=1), dict(at=step, n=2, signal=KILL, rank=1), dict(at=save, n=1, signal=KILL, rank=0),
-                 dict(at=validate, n=1, signal=KILL, rank=1), dict(at=save, n=1, signal=KILL, rank=1, after=True), dict(at=validate, n=1, signal=INT, rank=0)]:
+                 dict(at=validate, n=1, signal=KILL, rank=1), dict(at=save, n=1, signal=KILL, rank=1, after=True),
+                 dict(at=validate, n=1, signal=INT, rank=0)]:
         ranks = nursery.ranks(2, *args, traps=[trap])
         began = time.monotonic()
         ends = [r.wait(30) for r in ranks]
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 15, f'{trap} took {time.monotonic() - began:.0f} s'
         if trap['signal'] == KILL: assert ends[trap['rank']] == -9 and ends[1 - trap['rank']] not in (0, 130, 143), (trap, ends)
         else: assert set(ends) <= {130, 143}, (trap, ends, ranks[0].said, ranks[1].said)
         check(out, want)
@@ -459,7 +501,7 @@ def two_ranks_stopped(nursery, data, want, out, variant):
 
 
 def test_two_ranks_stopped_in_every_way(nursery, data, whole, tmp_path):
-    variants = VARIANTS if ALL else ('plain', 'workers')
+    variants = VARIANTS if ALL else ('workers',)
     wants = {v: whole(v, 2) for v in variants}
     all_of({v: lambda v=v: two_ranks_stopped(nursery, data, wants[v], tmp_path/v, v) for v in variants})
 
@@ -468,7 +510,7 @@ def launched_and_signalled(data, want, folder, launcher):
     "Ctrl-C in a terminal, SIGTERM to the first process and to all, the end of the launcher: each saves and leaves, then the run goes on"
     folder.mkdir()
     out, mine = folder/'out', launcher is ddp
-    args = config_file(data, out)
+    args = config_file(data, out, num_workers=1)
     last = 0
     for case, (sig, group) in dict(terminal=(INT, True), spot=(TERM, False), service=(TERM, True), launcher=(KILL, False)).items():
         run = launcher(folder, *args, traps=[SLOW])
@@ -488,6 +530,28 @@ def launched_and_signalled(data, want, folder, launcher):
     run = launcher(folder, *args)
     assert run.wait() == 0, run.said
     assert not differences(out, want), differences(out, want)
+
+
+def test_ctrl_c_twice_under_a_launcher(data, tmp_path):
+    run = ddp(tmp_path, *config_file(data, tmp_path/'out'), traps=[dict(at=step, n=3, do='sleep', seconds=60)])
+    wait_for(run, lambda: len(log_lines(tmp_path/'out')) >= 2)
+    for pause in .3, 1.5:
+        time.sleep(pause)
+        run.kill(INT, group=True)
+    assert run.wait(10) == 130 and 'Traceback' not in run.said and not run.orphans(), run.said
+
+
+def test_launcher_stopped_while_it_starts(data, tmp_path):
+    def at(seconds):
+        folder = tmp_path/str(seconds)
+        folder.mkdir()
+        run = ddp(folder, *config_file(data, folder/'out'))
+        run.awake()
+        time.sleep(seconds)
+        run.kill(TERM)
+        assert run.wait(20) in (0, 143, -15) and 'Traceback' not in run.said and not run.orphans(), run.said
+        whole_checkpoints(folder/'out')
+    all_of({f'after {s} s': lambda s=s: at(s) for s in ((.5, 1.5, 2.5, 3.5) if not ALL else [i/4 for i in range(1, 24)])})
 
 
 def one_died(data, want, folder, launcher, trap, words, go_on):
@@ -522,15 +586,16 @@ def test_one_rank_dying_ends_all_with_its_error(data, whole, tmp_path):
     cases = dict(killed=(dict(at=step, n=3, rank=1, signal=KILL), ['process 1', 'SIGKILL']),
                  error=(dict(at=step, n=3, rank=1, do='raise', text='the wind took it'), ['process 1', 'the wind took it']),
                  first=(dict(at=validate, n=1, rank=0, signal=KILL), ['process 0', 'SIGKILL']))
-    all_of({f'{l.__name__}-{k}': lambda l=l, k=k, v=v: one_died(data, want, tmp_path/f'{l.__name__}-{k}', l, *v, ALL or k == 'killed') for l in (ddp, trun) for k, v in cases.items()})
+    all_of({f'{l.__name__}-{k}': lambda l=l, k=k, v=v: one_died(data, want, tmp_path/f'{l.__name__}-{k}', l, *v, ALL or k == 'killed') 
+            for l in (ddp, trun) for k, v in cases.items() if ALL or l is ddp or k == 'killed'})
 
 
 def test_torchrun_restarts_by_itself(data, whole, tmp_path):
     out, want = tmp_path/'out', whole('plain', 2)
-    run = start(tmp_path, *config_file(data, out, num_workers=1), launcher=torchrun(2, '--max-restarts=2'),
-                traps=[dict(at=step, n=9, rank=1, attempt=0, signal=KILL), dict(at=save, n=1, rank=0, attempt=1, signal=KILL)])
+    traps = [dict(at=step, n=7, rank=1, attempt=0, signal=KILL)] + [dict(at=save, n=1, rank=0, attempt=1, signal=KILL)]*ALL
+    run = start(tmp_path, *config_file(data, out, num_workers=1), launcher=torchrun(2, '--max-restarts=2'), traps=traps)
     assert run.wait(90) == 0, run.said
-    assert run.said.count('going on from') == 2, run.said
+    assert run.said.count('going on from') == len(traps), run.said
     wrong = [d for d in differences(out, want) if 'num_workers' not in d]
     assert not run.orphans() and not wrong, wrong
 

@@ -7,8 +7,8 @@ __all__ = ['SPLITS', 'DatasetError', 'split_of', 'read_header', 'map_tensors', '
            'write_split', 'n_windows', 'dataset_path', 'CodesDataset', 'ResumableSampler', 'CodesLoader', 'make_loader',
            'code_stats', 'settings_of', 'datasheet', 'as_markdown', 'is_done', 'run']
 
-# %% ../../nbs/05_dataset.ipynb #fdbf2683
-import json, os
+# %% ../../nbs/05_dataset.ipynb #87029149
+import json, os, signal
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -201,6 +201,18 @@ def window(self:CodesDataset, i:int)->tuple: # (backing, lead) int16 (K, L), sho
     return self.backing[:,a:b], self.lead[:,a:b]
 
 @patch
+def check(self:CodesDataset):
+    "Look at every code; `DatasetError` names the first clip with one that is out of range"
+    for name in 'backing', 'lead':
+        codes = getattr(self, name)
+        for a in range(0, codes.shape[1], 1<<22):
+            x = codes[:,a:a+(1<<22)]
+            if x.min() >= 0 and x.max() < self.padding_idx: continue
+            t = a + int(np.argmax(((x < 0) | (x >= self.padding_idx)).any(0)))
+            clip = self.clips[int(np.searchsorted(self.offsets, t, 'right')) - 1]
+            raise DatasetError(f'{self.path}: clip {clip.get("clip", "?")} holds {name} codes {x.min()}..{x.max()}, allowed are 0..{self.padding_idx-1}; make it again')
+
+@patch
 def recordings(self:CodesDataset, i:int)->str:
     "Id of the recording that window `i` is from"
     return self.clips[self.locate(i)[0]]['recording']
@@ -278,7 +290,15 @@ class CodesLoader(DataLoader):
     def state_dict(self): return self.sampler.state_dict()
     def load_state_dict(self, state): self.sampler.load_state_dict(state)
 
-# %% ../../nbs/05_dataset.ipynb #5815ee2f
+    def close(self):
+        "Dismiss the workers"
+        if self._iterator is not None and self.num_workers: self._iterator._shutdown_workers()
+
+# %% ../../nbs/05_dataset.ipynb #4867550d
+def _outlive(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, 'alarm'): signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+
 def make_loader(dataset:CodesDataset, batch_size:int,
                 shuffle:bool=True, # training; without it every window once, in order
                 seed:int=0, rank:int=0, world_size:int=1, # order, and this process's part of it
@@ -286,7 +306,8 @@ def make_loader(dataset:CodesDataset, batch_size:int,
     "Batches of windows in an order that can be taken up again; `len` is the number of batches left in this epoch"
     if not len(dataset): raise DatasetError(f'{dataset.path}: holds no windows; add recordings or change the split fractions')
     sampler = ResumableSampler(len(dataset), seed, shuffle, rank, world_size)
-    return CodesLoader(dataset, sampler, batch_size=batch_size, num_workers=num_workers, persistent_workers=num_workers > 0, **kw)
+    return CodesLoader(dataset, sampler, batch_size=batch_size, num_workers=num_workers, persistent_workers=num_workers > 0,
+                       worker_init_fn=_outlive, **kw)
 
 # %% ../../nbs/05_dataset.ipynb #e542fa20
 def code_stats(arrays, # codes (K, T) each

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'HARMLESS', 'TrainingError', 'check_data', 'open_data', 'window_steps', 'groups', 'half_type', 'Said',
-           'Trainer', 'why', 'differences', 'stop_signals', 'train']
+           'Trainer', 'why', 'check_moments', 'differences', 'usable', 'stop_signals', 'train']
 
 # %% ../../nbs/07d_loop.ipynb #332eabe3
 import json, math, os, signal, sys, threading, time
@@ -17,11 +17,11 @@ from fastcore.basics import patch
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
-from ..config import RunConfig, to_dict
+from ..config import RunConfig, parse, to_dict, weights_dir
 from ..data.dataset import CodesDataset, DatasetError, make_loader
 from ..files import append_jsonl, locked, read_jsonl, reason, replace_dir, sweep, write_tensors
 from ..model.transformer import SaxGPT, next_step_loss, real_steps
-from ..remote import RemoteError, is_remote
+from ..remote import RemoteError, is_remote, put
 from .budget import compile_gain, memory_gb, peak_flops, window_flops
 from .checkpoint import CheckpointError, link_checkpoint, load_trainer_state, load_weights, save_checkpoint, verify
 from .dist import World, barrier, broadcast, gather, joined, no_sync, shares, total, wrap
@@ -45,6 +45,7 @@ def check_data(
         raise TrainingError('{}: made by codec {codec_name} ({codec_hash}), but '.format(val.path, **val.fingerprint) +
                             '{} by {codec_name} ({codec_hash}); one run needs one codec'.format(train.path, **train.fingerprint))
     for d in filter(None, (train, val)):
+        d.check()
         K, m = len(d.backing), cfg.model
         if K != m.num_codebooks: raise TrainingError(f'{d.path}: has {K} codebooks, model.num_codebooks is {m.num_codebooks}')
         if d.padding_idx != m.padding_idx:
@@ -122,9 +123,8 @@ class Trainer:
         self.model = SaxGPT(cfg.model).to(world.device)
         self.average, self.optimizer = Average(self.model, t.ema_decay), make_optimizer(self.model, t.optimizer)
         self.net, self.compiled = wrap(self.model, world), None
-        steps = -(-len(self.loader) // t.gradient_accumulation_steps)
-        self.total = min(t.max_steps or math.inf, t.num_epochs * steps)
-        self.schedule = Schedule(t.scheduler, self.total)
+        self.schedule = Schedule(t.scheduler, 1)
+        self.make_plan()
         self.half = half_type(t.precision, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.half is torch.float16)
         self.step = self.skipped = self.overflows = self.stop = self.since = self.frames = 0
@@ -134,11 +134,22 @@ class Trainer:
         self.best, self.val, self.val_due, self.last_loss = math.inf, None, False, None
         self.started_at = self.saved_at = time.monotonic()
         self.seconds = self.logged_at = self.waited = 0.
-        self.complained_at = -math.inf
+        self.complained_at, self.aside_at = -math.inf, None
+
+    def make_plan(self, step:int=0):
+        "Work out the length of the run from what is left of the data after `step`."
+        t, s = self.cfg.training, self.loader.sampler
+        size = lambda windows: -(-windows // (t.batch_size*t.gradient_accumulation_steps))
+        left = size(len(s) - s.position) + (t.num_epochs - s.epoch - 1)*size(len(s))
+        self.total = min(t.max_steps or math.inf, step + max(0, left))
+        self.schedule.total = t.scheduler.total_steps or self.total
+        self.plan = [len(s), t.batch_size, t.gradient_accumulation_steps, t.num_epochs, t.max_steps]
 
     def autocast(self): return torch.autocast(self.world.device.type, self.half) if self.half else nullcontext()
     @property
     def epoch(self)->float: return self.loader.sampler.epoch + self.loader.sampler.position/len(self.loader.sampler)
+    @property
+    def over(self)->bool: return self.step >= self.total or self.epoch >= self.cfg.training.num_epochs
     @property
     def codec(self)->dict: return self.loader.dataset.fingerprint
     @property
@@ -148,6 +159,9 @@ class Trainer:
         return [f'step-{self.step}'] * (self.epoch_end and round(self.epoch) % self.cfg.training.save_interval == 0)
     @property
     def made_from(self)->str: return self.loader.dataset.meta.get('settings')
+    @property
+    def val_data(self)->list: # what the validation loss depends on, beside the weights
+        return self.val_loader and [self.val_loader.sampler.n, self.val_loader.dataset.meta.get('settings'), self.cfg.training.val_batches]
     @property
     def place(self)->tuple: return self.loader.sampler.epoch, self.loader.sampler.position
 
@@ -196,8 +210,7 @@ def move(self:Trainer,
         self.taken.append((self.step, *place, fine))
         self.step, self.since, self.overflows = self.step + 1, self.since + 1, 0
     else: self.skipped, self.overflows = self.skipped + 1, self.overflows + 1
-    if self.overflows == 50: raise TrainingError(
-        f'step {self.step}: fp16 overflowed 50 times in a row; set training.precision to bf16 or fp32, or lower training.optimizer.lr')
+    if self.overflows == 50: self.give_up(self.step, *place, 'fp16 overflowed 50 times in a row')
 
 @patch
 def train_step(self:Trainer,
@@ -252,9 +265,14 @@ def clock(self:Trainer)->float: return self.seconds + time.monotonic() - self.st
 @contextmanager
 def aside(self:Trainer):
     "Time that is not spent on steps."
-    begun = time.monotonic()
+    self.aside_at = time.monotonic()
     try: yield
-    finally: self.logged_at += time.monotonic() - begun
+    finally: self.logged_at, self.aside_at = self.logged_at + time.monotonic() - self.aside_at, None
+
+@patch
+def lap(self:Trainer)->float: # s
+    "Time spent on steps since the last line."
+    return self.clock() - self.logged_at - (time.monotonic() - self.aside_at if self.aside_at else 0)
 
 # %% ../../nbs/07d_loop.ipynb #f556f6a5
 @patch
@@ -262,7 +280,7 @@ def keep_batch(self:Trainer,
     step:int, # that went wrong
     epoch:int, # and position: where its windows begin
     position:int,
-)->Path: # a folder
+)->Path: # a folder, or its address in the bucket
     "Save the windows of a step and the weights that met them."
     data, t = self.loader.dataset, self.cfg.training
     order = make_loader(data, 1, seed=t.seed, rank=self.world.rank, world_size=self.world.size).sampler
@@ -273,28 +291,35 @@ def keep_batch(self:Trainer,
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder/f'windows-{self.world.rank}.safetensors', default_collate([data[i] for i in windows]), about)
     if self.world.main: save_checkpoint(folder/'weights', self.model, self.cfg, self.codec, step=step)
-    return folder
+    if not self.mirror.url: return folder
+    for p in [*folder.glob('weights/*')]*self.world.main + [folder/f'windows-{self.world.rank}.safetensors']:
+        put(p, f'{self.mirror.url}/{p.relative_to(self.out).as_posix()}')
+    return f'{self.mirror.url}/{folder.name}'
 
 @patch
 def check_finite(self:Trainer):
-    "Stop a run whose loss is no number any more."
+    "Stop a run whose loss is not a number any more."
     taken, self.taken = self.taken, []
     if not self.bad.item(): return
     fine = torch.stack([f for *_,f in taken]).tolist()
-    step, epoch, position, _ = taken[fine.index(False)]
-    try: kept = f'the windows and the weights of that step are in {self.keep_batch(step, epoch, position)}; '
+    self.give_up(*taken[fine.index(False)][:3], 'the loss or its gradient is not a number')
+
+@patch
+def give_up(self:Trainer, step, epoch, position, what):
+    "Keep the windows of a step, and stop."
+    try: kept = f'the windows and the weights of that step are in {self.keep_batch(step, epoch, position)}; look at them, '
     except OSError as e: kept = f'they could not be saved ({reason(e)}); '
-    raise TrainingError(f'the loss of step {step} or its gradient is not a number; {kept}look at them, lower training.optimizer.lr or set '
-                        f'training.precision=fp32, and run again: it goes on from the last checkpoint in {self.checkpoints}')
+    raise TrainingError(f'step {step}: {what}; {kept}lower training.optimizer.lr or set training.precision to bf16 or fp32, '
+                        f'and run again: it goes on from the last checkpoint in {self.checkpoints}')
 
 # %% ../../nbs/07d_loop.ipynb #008109a8
 @patch
 def log_train(self:Trainer)->float: # mean loss
     "Log the mean over the steps since the last line."
     self.check_finite()
-    sums, t, now = total(self.sums.double().cpu()), self.cfg.training, self.clock()
+    sums, t = total(self.sums.double().cpu()), self.cfg.training
     *each, norm, n = (sums / (self.since * self.world.size)).tolist()
-    seconds, peak = max(1e-9, now - self.logged_at), peak_flops(self.world.device)
+    seconds, peak = max(1e-9, self.lap()), peak_flops(self.world.device)
     values = dict(loss=sum(each)/len(each), codebooks=each, lr=self.optimizer.param_groups[0]['lr'], grad_norm=norm/n if n else None,
                   frames_per_s=round(self.frames/seconds, 1), data_wait=round(self.waited/seconds, 4),
                   memory_gb=round(max(gather(torch.tensor(memory_gb(self.world.device)))).item(), 3), skipped=self.skipped)
@@ -304,8 +329,20 @@ def log_train(self:Trainer)->float: # mean loss
     if share := share_at(t.scheduled_sampling, self.step - 1): values['sampled'] = round(share, 4)
     self.log('train', **values)
     self.sums.zero_()
-    self.since, self.frames, self.skipped, self.waited, self.logged_at = 0, 0, 0, 0., now
+    self.since, self.frames, self.skipped, self.waited, self.logged_at = 0, 0, 0, 0., self.clock()
     return values['loss']
+
+# %% ../../nbs/07d_loop.ipynb #e0fa0fdf
+def check_moments(
+    optimizer:torch.optim.Optimizer,
+    state:dict, # its `state_dict`, from a file
+):
+    "Raise `ValueError` unless all moments have the form of their parameters."
+    params = [p for g in optimizer.param_groups for p in g['params']]
+    if [len(g['params']) for g in state['param_groups']] != [len(g['params']) for g in optimizer.param_groups]: raise ValueError('other parameters')
+    for i,s in state['state'].items():
+        if any(not isinstance(v, torch.Tensor) or v.dtype != torch.float32 or v.shape != (() if k == 'step' else params[i].shape)
+               for k,v in s.items()): raise ValueError('moments of another form')
 
 # %% ../../nbs/07d_loop.ipynb #d261c457
 def _rng(device):
@@ -313,7 +350,7 @@ def _rng(device):
     states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == 'cuda' else [])
     return torch.cat(states)
 
-KEPT = 'step', 'skipped', 'since', 'frames', 'waited', 'logged_at', 'val', 'val_due', 'compiled'
+KEPT = 'step', 'skipped', 'since', 'frames', 'waited', 'val', 'val_due', 'compiled'
 
 def _set_rng(state, device):
     n = torch.get_rng_state().numel()
@@ -326,26 +363,47 @@ def state_dict(self:Trainer)->dict:
     return dict(optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=self.scaler.state_dict(),
                 data=self.loader.state_dict() | dict(made_from=self.made_from), rng=gather(_rng(self.world.device)), sums=gather(self.sums.cpu()),
                 weights={k: v.detach().cpu().clone() for k,v in self.model.state_dict().items()} if self.average.params else None,
-                best=self.best if math.isfinite(self.best) else None, seconds=self.clock(), **{k: getattr(self, k) for k in KEPT})
+                best=self.best if math.isfinite(self.best) else None, val_data=self.val_data, plan=self.plan, total=self.total,
+                seconds=self.clock(), lap=self.lap(), **{k: getattr(self, k) for k in KEPT})
 
 @patch
 def load_state_dict(self:Trainer, state:dict):
     "Stand where another run stood, whose weights file has been loaded."
     self.average.reset()
     if state['weights']: self.model.load_state_dict(state['weights'])
+    check_moments(self.optimizer, state['optimizer'])
     for k in ('optimizer', 'schedule', 'scaler'): getattr(self, k).load_state_dict(state[k])
     for k in ('seconds', *KEPT): setattr(self, k, state[k])
     self.best = math.inf if state['best'] is None else state['best']
-    rank, n, sampler = self.world.rank, self.world.size, self.loader.sampler
-    same = len(state['rng']) == n
-    if not same: self.say(f'{len(state["rng"])} processes before, now {n}: a step holds {n/len(state["rng"]):g} times as many windows as before')
-    self.sums.copy_(state['sums'][rank] if same else torch.stack(state['sums']).mean(0))
-    if same: _set_rng(state['rng'][rank], self.world.device)
-    else: torch.manual_seed(hash((self.cfg.training.seed, self.step, rank)))
-    if (state['data']['n'], state['data']['seed'], state['data']['made_from']) == (sampler.n, sampler.seed, self.made_from):
-        return self.loader.load_state_dict(state['data'])
-    sampler.set(state['data']['epoch'] + 1)
-    self.say(f'the data have changed since the checkpoint: {state["data"]["n"]} windows, now {sampler.n}; going on with a new pass over them')
+    self.logged_at = self.seconds - state['lap']
+    self.load_ranks(state['rng'], state['sums'])
+    self.load_data(state)
+    if state['plan'] == self.plan: self.total, self.schedule.total = state['total'], self.cfg.training.scheduler.total_steps or state['total']
+    else: self.make_plan(self.step)
+
+@patch
+def load_ranks(self:Trainer, rng:list, sums:list):
+    "Take up what each process had for itself."
+    before, n, rank = len(rng), self.world.size, self.world.rank
+    if before == n: _set_rng(rng[rank], self.world.device)
+    else:
+        self.say(f'{before} process{"es" if before > 1 else ""} before, now {n}: a step holds {n/before:g} times as many windows as before')
+        torch.manual_seed(hash((self.cfg.training.seed, self.step, rank)))
+    self.sums.copy_(sums[rank] if before == n else torch.stack(sums).mean(0))
+
+@patch
+def load_data(self:Trainer, state:dict):
+    "Stand at the same place in the data, or say why there is none."
+    then, s = state['data'], self.loader.sampler
+    now = dict(n=s.n, seed=s.seed, made_from=self.made_from)
+    if d := [k for k in now if then[k] != now[k]]:
+        s.set(then['epoch'] + 1)
+        what = 'the seed has changed' if d == ['seed'] else f'the data have changed since the checkpoint: {then["n"]} windows, now {s.n}'
+        self.say(f'{what}; going on with a new pass over them')
+    else: self.loader.load_state_dict(then)
+    if state['val_data'] != self.val_data:
+        self.best, self.schedule.best = math.inf, math.inf
+        self.say('the validation set has changed since the checkpoint: what was best before does not count any more')
 
 # %% ../../nbs/07d_loop.ipynb #54ebf684
 @patch
@@ -354,11 +412,14 @@ def save(self:Trainer,
 ):
     "Replace `checkpoints/last`; every process has to ask at the same time."
     self.check_finite()
+    if not torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all(): raise TrainingError(
+        f'step {self.step}: the weights are not numbers any more and are not saved; lower training.optimizer.lr, '
+        f'and run again: it goes on from the last checkpoint in {self.checkpoints}')
     state, self.saved_at = self.state_dict(), time.monotonic()
     if self.world.main:
         try: self.write(state, names)
         except OSError as e:
-            if self.stop or self.step >= self.total: raise
+            if self.stop or self.over: raise
             self.saved_at += 60 - self.save_seconds
             self.say(f'{self.checkpoints/"last"}: not saved ({why(e)}); training goes on and tries again in a minute')
     barrier()
@@ -396,14 +457,15 @@ def check_resumed(self:Trainer,
     about:dict, # its config.json
 ):
     "Refuse a checkpoint of another model or codec; say what else has changed."
-    now = to_dict(self.cfg)
+    now, then = (to_dict(c) for c in (self.cfg, parse(RunConfig, about['config'], str(folder/'config.json'))))
     keep = lambda m: {k: v for k,v in m.items() if k not in HARMLESS}
-    if d := differences(keep(about['config']['model']), keep(now['model'])):
-        raise TrainingError(f'{folder}: is of another model ({"; ".join(d)}); undo that or choose another training.output_dir')
+    if d := differences(keep(then['model']), keep(now['model'])):
+        other = 'training.output_dir' if folder.parent == self.checkpoints else 'training.resume_from_checkpoint'
+        raise TrainingError(f'{folder}: is of another model ({"; ".join(d)}); undo that or choose another {other}')
     if (theirs := {k: about[k] for k in self.codec}) != self.codec:
         raise TrainingError('{}: trained on codes of {codec_name} ({codec_hash}), but '.format(folder, **theirs) +
                             '{} holds codes of {codec_name} ({codec_hash})'.format(self.loader.dataset.path, **self.codec))
-    if d := differences(about['config']['training'], now['training']): self.say('changed since the checkpoint: ' + '; '.join(d))
+    if d := differences(then, now): self.say('changed since the checkpoint: ' + '; '.join(d))
 
 # %% ../../nbs/07d_loop.ipynb #8eed9e34
 @patch
@@ -417,7 +479,23 @@ def candidates(self:Trainer)->list[Path]:
     def ours(p): # what cannot be read may be ours, and `find` says what is wrong with it
         try: return json.loads((p/'config.json').read_text())['config']['training']['resume_from_checkpoint'] == named
         except (OSError, ValueError, LookupError, TypeError): return True
-    return [p for p in own if ours(p)] or [fetch_checkpoint(named) if is_remote(named) else Path(named)]
+    if any(map(ours, own)): return own
+    if own and self.checkpoints.resolve() not in Path(named).resolve().parents: raise TrainingError(
+        f'{self.out}: holds a run that did not begin from {named} and would be lost; choose another training.output_dir, '
+        'or leave out training.resume_from_checkpoint to go on with it')
+    return [fetch_checkpoint(named) if is_remote(named) else weights_dir()/'xsmall' if named == 'bundled' else Path(named)]
+
+# %% ../../nbs/07d_loop.ipynb #66b9ad8e
+def usable(
+    folder, # a checkpoint
+    fn, *args
+): # what `fn(*args)` gives
+    "Read a trainer's state; `CheckpointError` when it is none that this version knows."
+    try: return fn(*args)
+    except CheckpointError: raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e: raise CheckpointError(
+        f'{folder}: its training state cannot be used by this SaxGPT ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}); to begin from its weights, run '
+        f'python -m saxgpt.training.checkpoint {folder} OUT, and train with training.resume_from_checkpoint=OUT') from None
 
 @patch
 def find(self:Trainer)->dict: # what to load; None if there is nothing
@@ -431,9 +509,9 @@ def find(self:Trainer)->dict: # what to load; None if there is nothing
         self.check_resumed(folder, about)
         load_weights(self.model, folder)
         self.whole = folder == self.checkpoints/'last'
-        state = load_trainer_state(folder) if (folder/'trainer.json').exists() else None
+        state = usable(folder, load_trainer_state, folder) if (folder/'trainer.json').exists() else None
         self.say(f'going on from {folder}, step {about["step"]}' if state else f'a new run, from the weights in {folder}')
-        return dict(weights={k: v.cpu() for k,v in self.model.state_dict().items()}, state=state)
+        return dict(weights={k: v.cpu() for k,v in self.model.state_dict().items()}, state=state, folder=str(folder))
 
 @patch
 def resume(self:Trainer)->bool: # whether there was a run to go on with
@@ -442,7 +520,7 @@ def resume(self:Trainer)->bool: # whether there was a run to go on with
     if not found: return False
     self.model.load_state_dict(found['weights'])
     self.average.reset()
-    if found['state']: self.load_state_dict(found['state'])
+    if found['state']: usable(found['folder'], self.load_state_dict, found['state'])
     return bool(found['state'])
 
 # %% ../../nbs/07d_loop.ipynb #15f1f2dc
@@ -483,6 +561,9 @@ def check_up(self:Trainer,
             return True
         each, best = each.tolist(), ''
         self.val = sum(each)/len(each)
+        if not math.isfinite(self.val): raise TrainingError(
+            f'step {self.step}: the validation loss is not a number, and nothing is saved; lower training.optimizer.lr, '
+            f'and run again: it goes on from the last checkpoint in {self.checkpoints}')
         self.log('val', loss=self.val, codebooks=each)
         self.schedule.observe(self.val)
         if self.val < self.best: self.best, names, best = self.val, (*names, 'best'), ' best'
@@ -496,9 +577,8 @@ def after_step(self:Trainer,
 )->bool: # whether to stop
     "What is due after a step."
     t = self.cfg.training
-    end = self.step == self.total
-    if self.moved and (end or self.step % t.log_interval == 0): self.last_loss = self.log_train()
-    self.val_due = end or (self.epoch_end if t.val_interval is None else self.moved and self.step % t.val_interval == 0)
+    if self.since and (self.over or self.moved and self.step % t.log_interval == 0): self.last_loss = self.log_train()
+    self.val_due = self.over or (self.epoch_end if t.val_interval is None else self.moved and self.step % t.val_interval == 0)
     stop, names = bool(asked[0] or (self.world.size == 1 and self.stop)), self.names
     with self.aside():
         if self.val_due and not stop: stop = self.check_up(*names)
@@ -515,6 +595,9 @@ def introduce(self:Trainer,
     each = f'{len(d)} windows of {d.seq_len/float(d.meta.get("frame_rate", 50)):g} s'
     self.say(f'{n/1e6:.1f} M parameters, {each}, {self.total} steps, {w.size} x {w.device.type} in {str(self.half or torch.float32)[6:]}' +
              ', compiled'*bool(self.compiled))
+    if self.val_loader is None:
+        self.say('no validation set, or an empty one: nothing is validated and there is no checkpoint `best`; use `last`' +
+                 '; the learning rate of a plateau schedule does not fall'*(self.cfg.training.scheduler.type == 'plateau'))
     self.log('run', event=event, total_steps=self.total, processes=w.size, device=w.device.type, parameters=n)
 
 @patch
@@ -524,12 +607,12 @@ def compile(self:Trainer,
     "Compile the model if the config asks for it and it helps; a run keeps to what it began with."
     if not self.cfg.training.compile: return
     compiled, d, w = compiler(self.net), self.loader.dataset, self.world
-    if self.compiled is None:
+    if self.compiled is not False:
         batch = default_collate([d[i] for i in range(min(len(d), self.cfg.training.batch_size))])
-        gain = compile_gain(self.net, compiled, {k: v.to(w.device) for k,v in batch.items()}, self.autocast, total)
-        self.compiled = gain > 1
-        self.say(f'a compiled step is {gain:.2f} times as fast' + ('' if gain > 1 else '; going on without') if gain else
-                 'the model cannot be compiled on this machine (is there a C++ compiler?); going on without')
+        gain, first = compile_gain(self.net, compiled, {k: v.to(w.device) for k,v in batch.items()}, self.autocast, total), self.compiled is None
+        self.compiled = gain > (1 if first else 0)
+        if not gain: self.say('the model cannot be compiled on this machine (is there a C++ compiler?); going on without')
+        elif first: self.say(f'a compiled step is {gain:.2f} times as fast' + '; going on without'*(not self.compiled))
     if self.compiled: self.net = compiled
 
 # %% ../../nbs/07d_loop.ipynb #f809f6f5
@@ -554,6 +637,7 @@ def fit(self:Trainer)->int: # 0, or the signal that stopped the run
             try: self.mirror.close()
             except RemoteError as e: self.say(str(e))
             raise
+        finally: self.loader.close()
         self.mirror.close()
         return status
 
@@ -574,16 +658,14 @@ def run(self:Trainer)->int: # 0, or the signal that stopped the run
     with stop_signals(note), tqdm(total=self.total, initial=self.step, disable=not (t.use_pbar and self.world.main), unit='step',
                                   dynamic_ncols=True, mininterval=.2 if live else 30, file=Said()) as bar:
         stopped = bool(self.val_due and self.check_up(*self.names))
-        while self.step < self.total and not stopped:
+        while not (self.over or stopped):
             for group,place in self.steps():
                 stopped = self.after_step(self.train_step(group, place))
                 bar.update(self.step - bar.n)
                 known = dict(loss=self.last_loss, val=self.val)
                 bar.set_postfix({k: f'{v:.3f}' for k,v in known.items() if v is not None}, refresh=False)
-                if stopped or self.step >= self.total: break
-            else:
-                if self.epoch >= t.num_epochs: break
-    if self.val_loader is None: self.say('no validation set, or an empty one: nothing is validated and there is no checkpoint `best`; use `last`')
+                if stopped or self.over: break
+    if not (self.checkpoints/'last').exists(): self.save()              # there was nothing to do
     how = f'stopped after step {self.step} of {self.total}; the same command goes on' if stopped else f'finished at step {self.step}'
     self.log('run', event='stop' if stopped else 'finish', total_steps=self.total)
     self.say(f'{how}; checkpoints and metrics.jsonl are in {self.mirror.url or self.out}')
@@ -595,4 +677,9 @@ def train(
     device:str=None, # None takes a GPU if there is one
 )->int: # 0, or the signal that stopped the run
     "Train one model in this process, together with the others if there are any."
-    with joined(device) as world: return Trainer(cfg, world).fit()
+    with joined(device) as world:
+        try: return Trainer(cfg, world).fit()
+        except RuntimeError as e:
+            if 'DataLoader worker' not in str(e): raise
+            raise TrainingError('a loader process was killed, most likely for want of memory; lower training.num_workers; '
+                                'the same command goes on from the last checkpoint') from None

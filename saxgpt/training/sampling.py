@@ -35,6 +35,6 @@ def own_codes(
     training = model.training
     p = model.eval()(backing, lead, padded).float().softmax(-1)          # (B, K, S, 2048)
     model.train(training)
-    drawn = F.pad(torch.multinomial(p.flatten(0, 2), 1).view(B, K, S)[..., :-1], (1, 0))
+    drawn = F.pad((p / torch.empty_like(p).exponential_()).argmax(-1)[..., :-1], (1, 0))
     coin = torch.rand(B, 1, S, device=lead.device) < share
     return torch.where(coin & valid, drawn, lead)

@@ -1,4 +1,4 @@
-"""How many kills a training run survives, and what difference they make to it: the losses and weights of runs that were killed, against runs that never were.
+"""How many kills a training run survives, and what difference they make to its losses and weights.
 
     python tests/benchmarks/bench_kills.py [--kills 100] [--seed 0] [--json F]
 
@@ -42,6 +42,12 @@ def whole(variant, n=1):
 def begin(n, words, traps=()): return nursery.ranks(n, *words, traps=traps) if n > 1 else [nursery.start(*words, traps=traps)]
 
 
+def note(name, variant, n, kills, survived, worst):
+    "A row of the table"
+    rows.append(dict(kind=name, run=variant, processes=n, kills=kills, survived=survived, largest_loss_difference=worst))
+    print(f'{name:42} {variant:8} {n:2} {kills:5} {survived:5}  {worst:g}', flush=True)
+
+
 def compare(out, want):
     "Largest difference of a loss; whether all bytes are the same"
     said = differences(out, want)
@@ -68,8 +74,7 @@ def kind(name, variant, hit, n=1):
         kills, survived, worst = kills + mine, survived + mine*same, max(worst, gap)
         shutil.rmtree(out)
         if i > 10*args.kills: break
-    rows.append(dict(kind=name, run=variant, processes=n, kills=kills, survived=survived, largest_loss_difference=worst))
-    print(f'{name:42} {variant:8} {n:2} {kills:5} {survived:5}  {worst:g}', flush=True)
+    note(name, variant, n, kills, survived, worst)
 
 
 def at(where, sig, times=1, **more):
@@ -107,8 +112,7 @@ def points():
         gap, same = compare(out, want)
         kills, survived, worst = kills + 1, survived + same, max(worst, gap)
         shutil.rmtree(out)
-    rows.append(dict(kind='SIGKILL at every file operation of a save', run='plain', processes=1, kills=kills, survived=survived, largest_loss_difference=worst))
-    print(f'{rows[-1]["kind"]:42} plain     1 {kills:5} {survived:5}  {worst:g}', flush=True)
+    note('SIGKILL at every file operation of a save', 'plain', 1, kills, survived, worst)
 
 
 print(f'{"kind":42} {"run":8} {"n":>2} kills alive  largest loss difference')
