@@ -395,7 +395,7 @@ def config_file(data, out, name='config', model={}, **training):
 
 # results
 
-CLOCKS = {'seconds', 'frames_per_s', 'data_wait', 'memory_gb', 'mfu', 'saved_at', 'logged_at', 'waited'}   # what may differ between two runs
+CLOCKS = {'seconds', 'frames_per_s', 'data_wait', 'memory_gb', 'mfu', 'saved_at', 'lap', 'waited'}   # what may differ between two runs
 
 
 def whole_checkpoints(out):
