@@ -6,9 +6,9 @@ BACKING ?= demo
 SHELL := /bin/bash
 V := .venv/bin
 # The environment is made once, and made anew when the files that describe it change.
-# What the FAD test runs. It asks for an old numpy without needing it; so it comes without what it asks for, which [dev] lists as far as it is used.
-FAD := frechet-audio-distance==0.3.4 laion_clap==1.1.7
 STAMP := .venv/.made-$(shell cat settings.ini setup.py | sha256sum | cut -c1-16)
+# What the FAD test runs asks for numpy 1 and does without it; it comes alone, and [dev] lists what it imports.
+FAD := frechet-audio-distance==0.3.4 laion_clap==1.1.7
 
 .PHONY: solo test env sync notebooks readme prepare export weights lab
 
