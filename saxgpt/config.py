@@ -160,6 +160,7 @@ class RunData(Section):
     train_path: str = field(..., 'dataset to train on')
     val_path: str|None = field(None, 'dataset to validate on')
     test_path: str|None = field(None, 'dataset to test on')
+    made_by: str|None = field(None, 'data config that made them; evaluation finds recordings by it; null looks beside the dataset')
 
 class ModelConfig(Section):
     "The architecture: what has to agree for weights to fit."

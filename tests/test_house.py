@@ -24,10 +24,11 @@ layers = [
     {'codec', 'demo', 'data', 'model'},
     {'training', 'monitor'},
     {'train', 'generate'},
-    {'fit', 'fad', 'evaluate'},
+    {'fit', 'fad', 'report', 'evaluate'},
     {'pipeline', 'vertex', 'studio', 'cli'},
 ]
-inside = {('audio', 'files'), ('remote', 'files'), ('config', 'remote'), ('data', 'codec'), ('model', 'model'), ('training', 'training'), ('evaluate', 'fit')}
+inside = {('audio', 'files'), ('remote', 'files'), ('config', 'remote'), ('data', 'codec'), ('model', 'model'), ('training', 'training'), ('evaluate', 'fit'),
+          ('evaluate', 'fad'), ('evaluate', 'report')}
 
 
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']

@@ -1,0 +1,277 @@
+"The evaluation as its reader meets it: runs that are killed, a report in a real browser, the real FAD library."
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from saxgpt.config import DataConfig, load_config, to_dict
+from saxgpt.demo import make_corpus
+from saxgpt.fad import FadError, fad, library_points
+from saxgpt.files import read_jsonl, write_jsonl
+from saxgpt.training.checkpoint import give_away, load_model
+
+# What cannot be reached is not waited for: a proxy that refuses is as good as no network.
+offline = {k: 'http://127.0.0.1:9' for k in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')} | dict(no_proxy='', NO_PROXY='')
+env = dict(os.environ, OMP_NUM_THREADS='1')
+required = bool(os.environ.get('SAXGPT_TEST_ALL'))      # set in CI: nothing may be skipped there
+title = '<img src=x onerror="document.title=1"> & Söhne'
+
+
+def need(ok, what):
+    if not ok: (pytest.fail if required else pytest.skip)(what)
+
+
+def run(*args, ok=True, **more):
+    r = subprocess.run([sys.executable, '-m', *map(str, args)], capture_output=True, text=True, env=env | more)
+    if ok: assert r.returncode == 0, r.stderr[-3000:]
+    return r
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    "A demo corpus taken to datasets by the pipeline, with folders of other names, and one recording with a wicked title."
+    d = tmp_path_factory.mktemp('data')
+    make_corpus(d/'corpus', 4, seed=5, n_jobs=2)
+    paths = {k: str(d/v) for k, v in dict(dl_dir='got', stems_dir='stems', metadata_path='m.csv', clips_dir='cut', aug_dir='aug', codes_dir='codes',
+                                          datasets_dir='sets').items()}
+    c = to_dict(load_config(DataConfig, 'demo')) | dict(source=str(d/'corpus'), data_paths=paths)
+    c['rms_window']['min_window_size_seconds'] = 12.
+    c['dataset'] |= dict(seq_len=200, stride=100)
+    c['train_test_split'] = dict(val=.3, test=.5, seed=3)
+    (d/'data.yaml').write_text(yaml.safe_dump(c))
+    run('saxgpt.pipeline', '--config', d/'data.yaml')
+    lines = read_jsonl(d/'got/manifest.jsonl')
+    write_jsonl(d/'got/manifest.jsonl', [line | dict(title=title) for line in lines])
+    return d
+
+
+def command(data, out, *more):
+    return ['saxgpt.evaluate', '--config', 'demo', '--quick', '--windows', '6', '--fad-samples', '4', '--output-dir', out, f'data.test_path={data}/sets/test.safetensors',
+            f'data.made_by={data}/data.yaml', *more]
+
+
+@pytest.fixture(scope='module')
+def whole(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp('whole')
+    said = run(*command(data, out)).stdout
+    return out, json.loads((out/'results.json').read_text()), said
+
+
+def test_says_the_truth(whole):
+    out, results, said = whole
+    [m], d = results['models'], results['dataset']
+    assert (d['truth'], d['sounds']) == ('known', 'recorded')
+    assert m['cache']['float32']['first_divergence'] is None and m['cache']['float32']['consistency'] == 1 and m['cache']['float32']['tolerance'] < 1e-3
+    assert 0 < m['cache']['bfloat16']['tolerance'] < 2
+    assert m['prediction']['gap_shuffled']['mean'] > 0 and m['prediction']['cross_entropy']['true']['mean'] < 3
+    for k in ('note_in_chord', 'note_in_scale', 'onset_alignment'):
+        assert m['fit'][k]['real']['mean'] > m['fit'][k]['shuffled']['low'], k
+        assert m['fit'][k]['model']['low'] <= m['fit'][k]['model']['mean'] <= m['fit'][k]['model']['high']
+    f = m['fad']['codec']
+    assert f['n'] == 4 and f['real_real'] and f['real_roundtrip'] and f['low'] <= f['value'] <= f['high'] and len(f['reference_hash']) == 16
+    assert {tuple(r['settings'].items()) for r in m['sampling'][3:]} and len(m['sampling']) >= 7
+    assert m['sampling'][0]['accuracy']['mean'] == 1 and 'notes in the chord' in said and 'FAD (codec)' in said
+    assert set(json.loads((out/'timing.json').read_text())) >= {'predict', 'cache', 'solos', 'sounds', 'fit', 'fad', 'apa'}
+
+
+def test_interrupted_killed_and_started_again_ends_the_same(data, whole, tmp_path):
+    args = [sys.executable, '-m', *map(str, command(data, tmp_path/'cut'))]
+
+    def start_and_stop(how, stage, n):
+        p = subprocess.Popen(args, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        while p.poll() is None and len(list((tmp_path/'cut/items'/stage).glob('*.json'))) < n: time.sleep(.02)
+        assert p.poll() is None, 'finished before it could be stopped'
+        p.send_signal(how)
+        said = p.communicate()[1]
+        assert not (tmp_path/'cut/results.json').exists()
+        return p.returncode, said
+    code, said = start_and_stop(signal.SIGINT, 'fit', 2)
+    assert code == 130 and 'goes on from there' in said.splitlines()[-1] and 'Traceback' not in said, said
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path/'cut/items').rglob('*.json')}
+    start_and_stop(signal.SIGKILL, 'solos', 1)
+    run(*command(data, tmp_path/'cut'))
+    assert (tmp_path/'cut/results.json').read_bytes() == (whole[0]/'results.json').read_bytes()
+    assert kept and all(p.stat().st_mtime_ns == t for p, t in kept.items()), 'what was done is not done again'
+
+
+def test_two_checkpoints_side_by_side(data, whole, tmp_path):
+    model = load_model('bundled')[0]
+    with torch.no_grad(): model.heads.proj.weight.mul_(.8)
+    give_away(model, tmp_path/'worse')
+    shutil.copytree(whole[0], tmp_path/'out')                    # its pieces serve here, too
+    run(*command(data, tmp_path/'out', '--against', tmp_path/'worse'))
+    both = json.loads((tmp_path/'out/results.json').read_text())
+    assert both['models'][0] == whole[1]['models'][0] and len(both['models']) == 2
+    loss = both['difference']['cross_entropy']
+    assert loss['high'] < 0 and abs(loss['mean'] - (both['models'][0]['prediction']['cross_entropy']['true']['mean'] - both['models'][1]['prediction']['cross_entropy']['true']['mean'])) < 1e-6
+    assert loss['high'] - loss['low'] < both['models'][0]['prediction']['cross_entropy']['true']['high'] - both['models'][0]['prediction']['cross_entropy']['true']['low']
+    page = (tmp_path/'out/report.html').read_text()
+    assert 'Paired differences' in page and 'generated, against solo' in page
+
+
+def test_recordings_without_truth_and_a_library_without_weights(data, tmp_path):
+    "A dataset by itself, as of one's own recordings whose intermediates are gone; and no network."
+    (tmp_path/'sets').mkdir()
+    shutil.copy(data/'sets/test.safetensors', tmp_path/'sets')
+    r = run('saxgpt.evaluate', '--config', 'demo', '--quick', '--windows', '4', '--fad-samples', '2', '--output-dir', tmp_path/'out', '--embedders', 'codec,vggish',
+            f'data.test_path={tmp_path}/sets/test.safetensors', TORCH_HOME=str(tmp_path/'torch'), HF_HOME=str(tmp_path/'hf'), **offline)
+    results = json.loads((tmp_path/'out/results.json').read_text())
+    assert results['dataset']['truth'] == 'estimated' and results['dataset']['sounds'] == 'decoded from the codes'
+    fads = results['models'][0]['fad']
+    assert fads['codec']['real_roundtrip'] is None and fads['codec']['value'] > 0
+    assert 'vggish' in fads['vggish']['error'] and '\n' not in fads['vggish']['error'] and fads['vggish']['error'] in r.stdout
+    assert results['models'][0]['fit']['note_in_chord']['real']['mean'] > 0
+
+
+@pytest.mark.parametrize('args, says', [
+    (('--fad-samples', '1'), 'fad-samples'), (('--embedders', 'mfcc'), 'vggish'), (('--seed', '-1'), 'seed'), (('--temperature', '-1'), 'temperature'),
+    (('--checkpoint', 'no/such/folder'), 'no/such/folder'), (('data.test_path=none.safetensors',), 'none.safetensors'), (('data.made_by=none.yaml',), 'none.yaml')])
+def test_mistakes_are_one_line(data, tmp_path, args, says):
+    r = run(*command(data, tmp_path/'out'), *args, ok=False)
+    assert r.returncode == 2 and r.stderr.strip().count('\n') == 0 and says in r.stderr, r.stderr
+
+
+# the report in a browser
+
+class Chromium:
+    "A real browser, spoken to through its debugging protocol."
+    def __init__(self, folder):
+        import websocket
+        exe = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome'))), None)
+        need(exe, 'no Chromium on this machine')
+        self.process = subprocess.Popen([exe, '--headless=new', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0', '--remote-allow-origins=*', '--mute-audio',
+                                         '--autoplay-policy=no-user-gesture-required', '--no-first-run', '--disable-background-networking',
+                                         f'--user-data-dir={folder}', 'about:blank'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        told = Path(folder)/'DevToolsActivePort'
+        for _ in range(600):
+            if told.is_file() and told.read_text().strip(): break
+            time.sleep(.1)
+        pages = json.load(urllib.request.urlopen(f'http://127.0.0.1:{told.read_text().split()[0]}/json'))
+        self.socket, self.ids, self.events = websocket.create_connection(next(p['webSocketDebuggerUrl'] for p in pages if p['type'] == 'page'), timeout=120), count(1), []
+        for domain in ('Page', 'Runtime', 'Log', 'Network'): self(f'{domain}.enable')
+
+    def __call__(self, method, **params):
+        n = next(self.ids)
+        self.socket.send(json.dumps(dict(id=n, method=method, params=params)))
+        while True:
+            m = json.loads(self.socket.recv())
+            if m.get('id') == n:
+                assert 'error' not in m, m
+                return m['result']
+            self.events.append(m)
+
+    def js(self, code):
+        r = self('Runtime.evaluate', expression=code, awaitPromise=True, returnByValue=True)
+        assert 'exceptionDetails' not in r, r
+        return r['result'].get('value')
+
+    def said(self, method): return [e['params'] for e in self.events if e.get('method') == method]
+
+    def close(self):
+        self.socket.close()
+        self.process.terminate()
+        self.process.wait(30)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    need(importlib.util.find_spec('websocket'), 'no websocket-client in this environment')
+    b = Chromium(tmp_path/'profile')
+    yield b
+    b.close()
+
+
+def test_report_in_a_browser(whole, browser, tmp_path):
+    shutil.copy(whole[0]/'report.html', tmp_path/'alone.html')           # it needs nothing that lies beside it
+    browser('Page.navigate', url=f'file://{tmp_path}/alone.html')
+    for _ in range(300):
+        if browser.js('document.readyState') == 'complete' and browser.js('location.protocol') == 'file:': break
+        time.sleep(.1)
+    played = browser.js('''(async () => { const out = [];
+        for (const a of document.querySelectorAll('audio')) {
+            await a.play(); const t = Date.now();
+            while (a.currentTime < .15 && Date.now() - t < 20000) await new Promise(r => setTimeout(r, 50));
+            a.pause(); out.push([a.duration, a.currentTime, a.error && a.error.message]); }
+        return out })()''')
+    assert len(played) == 5*3 and all(3.5 < d < 4.6 and t >= .15 and not e for d, t, e in played), played
+    assert browser.js("document.querySelector('h3').textContent").startswith(title) and browser.js('document.title').startswith('SaxGPT')
+    assert browser.js("document.querySelectorAll('section img, section script').length") == 0
+    assert browser.js("document.querySelectorAll('svg').length") >= 2 and browser.js("document.querySelectorAll('table').length") >= 8
+    urls = [r['request']['url'] for r in browser.said('Network.requestWillBeSent')]
+    assert all(u.startswith(('file:', 'data:', 'about:')) for u in urls), [u[:80] for u in urls]
+    assert not browser.said('Log.entryAdded') and not browser.said('Runtime.consoleAPICalled') and not browser.said('Runtime.exceptionThrown')
+
+
+def test_report_on_a_phone_and_in_the_dark(whole, browser):
+    browser('Emulation.setDeviceMetricsOverride', width=360, height=740, deviceScaleFactor=2, mobile=True)
+    colors = {}
+    for scheme in ('light', 'dark'):
+        browser('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value=scheme)])
+        browser('Page.navigate', url=f'file://{whole[0]}/report.html')
+        for _ in range(300):
+            if browser.js('document.readyState') == 'complete' and browser.js('location.protocol') == 'file:': break
+            time.sleep(.1)
+        assert browser.js('document.documentElement.scrollWidth') <= 360, 'the page is wider than the phone'
+        colors[scheme] = browser.js("['body', 'svg text'].map(s => getComputedStyle(document.querySelector(s)))"
+                                    ".map((c, i) => i ? c.fill : c.backgroundColor).map(c => c.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b))")
+    (paper, ink), (night, chalk) = colors['light'], colors['dark']
+    assert paper > 600 > 200 > ink and night < 200 < 600 < chalk, colors
+
+
+# the real library, with random weights in the place of what it would fetch
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    "Checkpoints by the names and in the forms that the library fetches. VGGish comes as a repository: that one is a stand-in for its code, too."
+    need(importlib.util.find_spec('frechet_audio_distance'), 'frechet-audio-distance is not installed (make env does it)')
+    from encodec import EncodecModel
+    d = tmp_path_factory.mktemp('hub')
+    torch.manual_seed(0)
+    code = ("import sys, torch, os; os.environ['HF_HUB_OFFLINE'] = '1'; torch.manual_seed(0)\n"
+            "from frechet_audio_distance.models.pann import Cnn14\n"
+            "m = Cnn14(sample_rate=32000, window_size=1024, hop_size=320, mel_bins=64, fmin=50, fmax=16000, classes_num=527)\n"
+            "torch.save(dict(model=m.state_dict()), sys.argv[1])")
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code, d/'Cnn14_mAP%3D0.431.pth'], check=True, env=env | dict(HF_HUB_OFFLINE='1'), capture_output=True)
+    (d/'checkpoints').mkdir()
+    torch.save(EncodecModel._get_model([1.5, 3., 6, 12., 24.], 24_000, 1, causal=True, model_norm='weight_norm', audio_normalize=False).state_dict(),
+               d/'checkpoints/encodec_24khz-d7cc33bc.th')
+    (d/'harritaylor_torchvggish_master').mkdir()
+    (d/'harritaylor_torchvggish_master/hubconf.py').write_text(
+        "dependencies = ['torch']\nimport torch\nfrom torch import nn\n\n"
+        "class VGGish(nn.Module):\n    'A fake: the interface of torchvggish over random weights.'\n"
+        "    def __init__(self):\n        super().__init__()\n        torch.manual_seed(0)\n        self.postprocess = True\n"
+        "        self.embeddings = nn.Sequential(nn.Linear(160, 128), nn.ReLU())\n"
+        "    def forward(self, x, fs):\n        x = torch.as_tensor(x).float()[:len(x)//15360*15360].reshape(-1, 160, 96).square().mean(2)\n"
+        "        return self.embeddings((x + 1e-6).log())\n\ndef vggish(**kwargs): return VGGish()\n")
+    return d
+
+
+@pytest.mark.parametrize('embedder, shape', [('pann', (2, 2048)), ('encodec', (754, 128)), ('vggish', (10, 128))])
+def test_the_real_library(weights, embedder, shape):
+    rng = np.random.default_rng(0)
+    tones = [.1*np.sin(np.arange(32000*10)*f*np.linspace(.9, 1.1, 320000))[None].astype('f4') for f in rng.uniform(.03, .1, 4)]
+    noise = [.1*rng.standard_normal((1, 320000)).astype('f4') for _ in range(2)]
+    points = library_points(tones[:1], embedder, weights)
+    assert len(points) == 1 and abs(points[0].shape[0] - shape[0]) <= 4 and points[0].shape[1] == shape[1] and np.isfinite(points[0]).all()
+    got = fad(tones, noise, embedder=embedder, draws=3, weights=weights)
+    assert 0 < got['low'] <= got['value'] <= got['high'] < float('inf') and got['dimensions'] == shape[1] and got['real_real']['n'] == 2 and got['n'] == 2
+
+
+def test_a_library_that_cannot_fetch_says_so_in_a_line(tmp_path, monkeypatch):
+    need(importlib.util.find_spec('frechet_audio_distance'), 'frechet-audio-distance is not installed (make env does it)')
+    for k, v in offline.items(): monkeypatch.setenv(k, v)
+    with pytest.raises(FadError) as e: library_points([np.zeros((1, 64000), 'f4')], 'pann', tmp_path)
+    assert 'FAD with pann' in str(e.value) and '\n' not in str(e.value) and 'rror' in str(e.value)
