@@ -17,7 +17,7 @@ solo: env
 	@$(V)/python -m saxgpt.generate "$(BACKING)" -o out/solo.wav --mix out/mix.wav --plot out/solo.png
 
 test: env sync notebooks
-	$(V)/python -m pytest -q tests
+	$(V)/python -m pytest -q -n 2 --dist loadfile tests
 
 env: $(STAMP)
 $(STAMP):

@@ -28,7 +28,7 @@ layers = [
     {'pipeline', 'vertex', 'studio', 'cli'},
 ]
 inside = {('audio', 'files'), ('remote', 'files'), ('config', 'remote'), ('data', 'codec'), ('model', 'model'), ('training', 'training'), ('evaluate', 'fit'),
-          ('evaluate', 'fad'), ('evaluate', 'report')}
+          ('evaluate', 'fad'), ('evaluate', 'report'), ('report', 'fit')}
 
 
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']

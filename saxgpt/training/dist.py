@@ -244,11 +244,12 @@ def leave(
     os._exit(status)
 
 def serve(
-    folder, # with the pickled `work`: a function and its arguments
+    folder, # with the pickled `work`: where modules are, a function and its arguments
 ):
     "What a process does that `launch` has started."
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    fn, args = pickle.loads((Path(folder)/'work').read_bytes())
+    sys.path[:], work = pickle.loads((Path(folder)/'work').read_bytes())
+    fn, args = pickle.loads(work)
     try: result = record(fn)(*args)                                  # which writes down an error where the launcher looks for it
     except BaseException as e: leave(130 if isinstance(e, KeyboardInterrupt) else 1)
     (Path(folder)/f'result-{os.environ["RANK"]}').write_bytes(pickle.dumps(result))
@@ -294,7 +295,7 @@ def launch(
     with TemporaryDirectory(prefix='saxgpt-') as logs, _quiet():
         cfg = LaunchConfig(min_nodes=nodes, max_nodes=nodes, nproc_per_node=n, max_restarts=max_restarts, monitor_interval=.5,
                            logs_specs=DefaultLogsSpecs(log_dir=logs), **_rendezvous(n, nodes, node_rank, endpoint))
-        (Path(logs)/'work').write_bytes(pickle.dumps((fn, args)))
+        (Path(logs)/'work').write_bytes(pickle.dumps((sys.path, pickle.dumps((fn, args)))))
         try:
             ranks = elastic_launch(cfg, sys.executable)('-c', SERVE, logs)
             return {r: pickle.loads((Path(logs)/f'result-{r}').read_bytes()) for r in ranks}

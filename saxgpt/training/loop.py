@@ -136,15 +136,6 @@ class Trainer:
         self.seconds = self.logged_at = self.waited = 0.
         self.complained_at, self.aside_at = -math.inf, None
 
-    def make_plan(self, step:int=0):
-        "Work out the length of the run from what is left of the data after `step`."
-        t, s = self.cfg.training, self.loader.sampler
-        size = lambda windows: -(-windows // (t.batch_size*t.gradient_accumulation_steps))
-        left = size(len(s) - s.position) + (t.num_epochs - s.epoch - 1)*size(len(s))
-        self.total = min(t.max_steps or math.inf, step + max(0, left))
-        self.schedule.total = t.scheduler.total_steps or self.total
-        self.plan = [len(s), t.batch_size, t.gradient_accumulation_steps, t.num_epochs, t.max_steps]
-
     def autocast(self): return torch.autocast(self.world.device.type, self.half) if self.half else nullcontext()
     @property
     def epoch(self)->float: return self.loader.sampler.epoch + self.loader.sampler.position/len(self.loader.sampler)
@@ -171,6 +162,17 @@ class Trainer:
 
 # %% ../../nbs/07d_loop.ipynb #db8df58c
 @patch
+def make_plan(self:Trainer, step:int=0):
+    "Work out the length of the run from what is left of the data after `step`."
+    t, s = self.cfg.training, self.loader.sampler
+    size = lambda windows: -(-windows // (t.batch_size*t.gradient_accumulation_steps))
+    left = size(len(s) - s.position) + (t.num_epochs - s.epoch - 1)*size(len(s))
+    self.total = min(t.max_steps or math.inf, step + max(0, left))
+    self.schedule.total = t.scheduler.total_steps or self.total
+    self.plan = [len(s), t.batch_size, t.gradient_accumulation_steps, t.num_epochs, t.max_steps]
+
+# %% ../../nbs/07d_loop.ipynb #8d043c29
+@patch
 def learn(self:Trainer,
     batch:dict, # of this process
     weights:torch.Tensor, # (K,) how much it counts
@@ -189,7 +191,7 @@ def learn(self:Trainer,
     self.frames += len(b['lead']) * self.loader.dataset.seq_len * self.world.size
     return each.detach()
 
-# %% ../../nbs/07d_loop.ipynb #8d043c29
+# %% ../../nbs/07d_loop.ipynb #a39e63af
 @patch
 def move(self:Trainer,
     each:torch.Tensor, # (K,) losses
@@ -224,7 +226,7 @@ def train_step(self:Trainer,
     self.move(sum(self.learn(b, w, b is group[-1]) for b,w in zip(group, weights)), place)
     return asked.tolist()
 
-# %% ../../nbs/07d_loop.ipynb #a39e63af
+# %% ../../nbs/07d_loop.ipynb #f556f6a5
 @patch
 def validate(self:Trainer)->torch.Tensor: # (K,) nats; None when asked to stop
     "Cross-entropy per codebook on the validation set."
@@ -274,7 +276,7 @@ def lap(self:Trainer)->float: # s
     "Time spent on steps since the last line."
     return self.clock() - self.logged_at - (time.monotonic() - self.aside_at if self.aside_at else 0)
 
-# %% ../../nbs/07d_loop.ipynb #f556f6a5
+# %% ../../nbs/07d_loop.ipynb #008109a8
 @patch
 def keep_batch(self:Trainer,
     step:int, # that went wrong
@@ -312,7 +314,7 @@ def give_up(self:Trainer, step, epoch, position, what):
     raise TrainingError(f'step {step}: {what}; {kept}lower training.optimizer.lr or set training.precision to bf16 or fp32, '
                         f'and run again: it goes on from the last checkpoint in {self.checkpoints}')
 
-# %% ../../nbs/07d_loop.ipynb #008109a8
+# %% ../../nbs/07d_loop.ipynb #54ebf684
 @patch
 def log_train(self:Trainer)->float: # mean loss
     "Log the mean over the steps since the last line."
@@ -405,7 +407,7 @@ def load_data(self:Trainer, state:dict):
         self.best, self.schedule.best = math.inf, math.inf
         self.say('the validation set has changed since the checkpoint: what was best before does not count any more')
 
-# %% ../../nbs/07d_loop.ipynb #54ebf684
+# %% ../../nbs/07d_loop.ipynb #8eed9e34
 @patch
 def save(self:Trainer,
     *names, # further names: 'best', 'step-100'
@@ -467,7 +469,7 @@ def check_resumed(self:Trainer,
                             '{} holds codes of {codec_name} ({codec_hash})'.format(self.loader.dataset.path, **self.codec))
     if d := differences(then, now): self.say('changed since the checkpoint: ' + '; '.join(d))
 
-# %% ../../nbs/07d_loop.ipynb #8eed9e34
+# %% ../../nbs/07d_loop.ipynb #f8582ba5
 @patch
 def candidates(self:Trainer)->list[Path]:
     "Checkpoints to go on from, the best one first."
@@ -546,7 +548,7 @@ def stop_signals(
     try: yield
     finally: restore()
 
-# %% ../../nbs/07d_loop.ipynb #f8582ba5
+# %% ../../nbs/07d_loop.ipynb #3a1805b5
 @patch
 def check_up(self:Trainer,
     *names, # names of the checkpoint beside 'last'
@@ -585,7 +587,7 @@ def after_step(self:Trainer,
         elif stop or names or asked[1]: self.save(*names)
     return stop
 
-# %% ../../nbs/07d_loop.ipynb #3a1805b5
+# %% ../../nbs/07d_loop.ipynb #f809f6f5
 @patch
 def introduce(self:Trainer,
     event:str, # 'start' or 'resume'
@@ -615,7 +617,7 @@ def compile(self:Trainer,
         elif first: self.say(f'a compiled step is {gain:.2f} times as fast' + '; going on without'*(not self.compiled))
     if self.compiled: self.net = compiled
 
-# %% ../../nbs/07d_loop.ipynb #f809f6f5
+# %% ../../nbs/07d_loop.ipynb #d115f3d5
 @patch
 def steps(self:Trainer):
     "Batches of one step after another, and where they begin; the time spent waiting for them is noted."
