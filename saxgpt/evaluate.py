@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUICK', 'GRID', 'VERSION', 'GROUP', 'Plan', 'make_plan', 'plain', 'Store', 'spread', 'TestSet', 'start_of',
            'truth_at', 'recording_files', 'recorded', 'predict', 'check_cache', 'halved', 'groups', 'play', 'Judge',
-           'third_tunes', 'stat', 'prediction', 'checks', 'sampling', 'fit', 'sounds_of', 'distances', 'adherence',
+           'stat', 'prediction', 'checks', 'sampling_row', 'sampling', 'fit_rows', 'sounds_of', 'frechet', 'adhere',
            'measure', 'differences', 'clean', 'evaluate', 'examples', 'summary', 'main']
 
 # %% ../nbs/09_evaluation.ipynb #2f8ce5cd
@@ -24,15 +24,15 @@ from .audio import SAMPLE_RATE, AudioError, mix, resample, to_mono, write_audio
 from .codec import check_codec, load_codec
 from .config import ConfigError, DataConfig, RunConfig, command, device_name, load_config
 from .data.dataset import CodesDataset
-from .fad import EMBEDDERS, FadError, embed, fad
+from .fad import EMBEDDERS, FadError, adherence, embed, exchange, fad
 from .files import content_hash, file_hash, is_name, locked, printable, read_jsonl, sweep, write_text
 from .fit import FIT, describe_backing, describe_solo, fit_scores, moved, partner
 from .generate import read_truth
-from .metrics import apa, bootstrap, codebook_accuracy, consistency, first_divergence, kl_divergence, sequence_accuracy, vocabulary
+from .metrics import bootstrap, codebook_accuracy, consistency, first_divergence, kl_divergence, sequence_accuracy, vocabulary
 from .model.decoding import Window, generate_codes, lean
 from .model.transformer import Memory, SaxGPT, next_step_loss
 from .patterns import delay
-from .report import report
+from .report import notes, report
 from .sampling import Sampler, check_settings
 from .training.checkpoint import load_model
 
@@ -42,17 +42,16 @@ class Plan:
     "How much of everything; all of it is part of `results.json`."
     windows: int = 64         # windows to predict
     samples: int = 32         # solos to play and judge
-    seconds: float = None     # length of a window; the dataset's when None
+    seconds: float = None     # length of a window, the dataset's when None; at most what the checkpoints can read at once
     each: int = 8             # solos for each further setting of the sampling
-    checks: int = 2           # windows to compare cached and full decoding on
+    checks: int = 4           # windows to compare cached and full decoding on, two at a time
     draws: int = 1000         # of the bootstrap
-    fad_draws: int = 100      # of that of the Fréchet distance
     shown: int = 4            # examples in the report
     seed: int = 0             # of the choice of windows and of the solos
     embedders: tuple = ('codec',) # of `saxgpt.fad`
     solo: dict = field(default_factory=lambda: dict(temperature=1., top_k=250, top_p=0., guidance=1.)) # how the judged solos are sampled
 
-QUICK = dict(windows=12, samples=6, seconds=10., each=2, checks=1, draws=300, fad_draws=30, shown=3)
+QUICK = dict(windows=12, samples=6, seconds=10., each=2, checks=2, draws=300, shown=3)
 GRID = [dict(temperature=0.), dict(temperature=.7), dict(temperature=1.), dict(temperature=1., top_k=0, top_p=.95), dict(temperature=1.2)]
 
 def make_plan(
@@ -63,14 +62,15 @@ def make_plan(
     p = Plan(**(QUICK if quick else {}) | {k: v for k, v in given.items() if v is not None})
     for k, name in dict(windows='--windows', samples='--fad-samples').items():
         if getattr(p, k) < 2: raise ValueError(f'{name}: given {getattr(p, k)}; at least 2, since another tune is needed to compare with')
+    if p.seconds is not None and not 1 <= p.seconds < 1e4: raise ValueError(f'--seconds: given {p.seconds:g}; at least 1')
     if not 0 <= p.seed < 2**31: raise ValueError(f'--seed: given {p.seed}; it must be 0 or more, and below 2**31')
     for e in p.embedders:
         if e not in EMBEDDERS: raise ValueError(f'--embedders: given {e}; there are {", ".join(EMBEDDERS)}')
     check_settings(**p.solo)
     return p
 
-# %% ../nbs/09_evaluation.ipynb #9fadb974
-VERSION = 1 # of the measures: raise it when the same input gives other numbers
+# %% ../nbs/09_evaluation.ipynb #18d88cda
+VERSION = 2 # of the measures: raise it when the same input gives other numbers
 
 def plain(
     v, # dictionaries, lists, arrays, numbers
@@ -84,7 +84,7 @@ class Store:
     "Finished pieces of work, by what made them."
     def __init__(self,
         folder, # where they lie
-    ): self.folder, self.seconds, self.counted = Path(folder), Counter(), set()
+    ): self.folder, self.seconds, self.counted, self.inner = Path(folder), Counter(), set(), [0.]
 
     def file(self, stage, made_by): return self.folder/stage/f'{content_hash(VERSION, stage, plain(made_by))}.json'
 
@@ -97,13 +97,22 @@ class Store:
         f = self.file(stage, made_by)
         try: d = json.loads(f.read_text())
         except (OSError, ValueError):
-            start = time.perf_counter()
-            text = json.dumps(dict(value=plain(make()), seconds=time.perf_counter() - start))
+            value, own = self.timed(make)
+            text = json.dumps(dict(value=plain(value), seconds=own))
             write_text(f, text)
             d = json.loads(text)
         if f not in self.counted: self.seconds[stage] += d['seconds']
         self.counted.add(f)
         return d['value']
+
+    def timed(self, make): # what it gives, and its seconds without those of the work inside it
+        start = time.perf_counter()
+        self.inner.append(0.)
+        try: value = make()
+        finally:
+            took, inside = time.perf_counter() - start, self.inner.pop()
+            self.inner[-1] += took
+        return value, took - inside
 
     def sound(self,
         made_by:list, # everything that has a say in it
@@ -139,12 +148,15 @@ class TestSet:
     def __init__(self,
         cfg:RunConfig, # names the dataset, and maybe what made it
         seconds:float=None, # length of a window
+        longest:int=None, # steps that can be read at once, those of `cfg` when absent
     ):
         path = cfg.data.test_path or cfg.data.val_path
+        self.split = 'test' if cfg.data.test_path else 'validation'
         if not path: raise ConfigError('data.test_path: missing; evaluation needs a test or validation set')
         whole = CodesDataset(path)
-        longest = cfg.model.max_seq_len - 1 - cfg.model.num_codebooks
-        self.dataset = CodesDataset(path, min(whole.seq_len, longest, round(seconds*50) if seconds else whole.seq_len))
+        longest = (longest or cfg.model.max_seq_len) - 1 - cfg.model.num_codebooks
+        wanted = round(seconds*50) if seconds else whole.seq_len
+        self.dataset, self.limited_by = CodesDataset(path, min(wanted, whole.seq_len, longest)), 'the model' if longest < min(wanted, whole.seq_len) else None
         self.hash, root = file_hash(self.dataset.path), self.dataset.path.parent.parent
         p = load_config(DataConfig, cfg.data.made_by).data_paths if cfg.data.made_by else None
         self.downloads, self.clips = (Path(p.dl_dir), Path(p.clips_dir)) if p else (root/'1_download', root/'4_clips')
@@ -156,6 +168,17 @@ class TestSet:
 
     def choose(self, n, seed): # windows, partners
         return tuple([self.usable[k] for k in part] for part in spread(self.recordings, n, seed))
+
+    def recording(self, i): return self.place(i)[0]['recording']
+
+    def elsewhere(self, samples): # as many windows of recordings that are not among the samples; None if there are too few
+        taken = {self.recording(i) for i in samples}
+        free = [i for i, r in zip(self.usable, self.recordings) if r not in taken]
+        turn, seen = [], Counter()
+        for i in free:
+            turn.append(seen[self.recording(i)])
+            seen[self.recording(i)] += 1
+        return [free[k] for k in np.argsort(turn, kind='stable')[:len(samples)]] if len(free) >= len(samples) else None
 
     def codes(self, i): # backing, lead: int64 (K,L)
         return tuple(np.array(c, np.int64) for c in self.dataset.window(i))
@@ -233,25 +256,28 @@ def predict(
 @torch.inference_mode()
 def check_cache(
     model:SaxGPT, # in eval mode
-    backing:np.ndarray, # codes (K,T)
-    temperature:float=1., # of what is played; 0: always the likeliest code
+    backing:np.ndarray, # codes (B,K,T)
+    settings:dict=None, # of what is played: temperature, top_k, top_p, guidance
     tie:float=1e-4, # logits closer than this are equal
-)->dict: # consistency (share), first_divergence (step or None), tolerance: largest difference of logits; steps
+)->dict: # consistency (share), first_divergence (step or None), tolerance: largest difference of logits; steps, choices
     "Cached decoding against a single pass over the same codes."
-    device, kept, draw = model.null.device, [], Sampler(temperature, 250, 0., len(backing))
-    b, g = torch.from_numpy(backing)[None].to(device), [torch.Generator(device).manual_seed(0)]
-    def sampler(logits): kept.append(logits[0].float().clone()); return draw(logits, g)
+    (B, K, T), device, kept, s = backing.shape, model.null.device, [], dict(temperature=1., top_k=250, top_p=0., guidance=1.) | (settings or {})
+    draw, weight = Sampler(s['temperature'], s['top_k'], s['top_p'], K), s['guidance']
+    b, g = torch.from_numpy(backing).to(device), [torch.Generator(device).manual_seed(i) for i in range(B)]
+    def sampler(logits): kept.append(logits.float().clone()); return draw(logits, g)
     with lean(model):
-        w = Window(model, b, b[..., :0], sampler)
-        w.frames(0, b.shape[2])
-    cached = torch.stack(kept, 1)                                                                # (K,S-1,V)
-    full = model.decode(model.encode(delay(b, model.cfg.padding_idx)), w.grid)[0, :, :cached.shape[1]].float()
-    valid = w.open[:, 1:cached.shape[1] + 1]
+        w = Window(model, b, b[..., :0], sampler, weight)
+        w.frames(0, T)
+    cached, memory = torch.stack(kept, 2), model.encode(delay(b, model.cfg.padding_idx))           # (B,K,S-1,V)
+    full = model.decode(memory if weight == 1 else model.pair(memory), w.both(w.grid)).float()
+    if weight != 1: full = full[B:] + weight*(full[:B] - full[B:])
+    full, valid = full[:, :, :cached.shape[2]], w.open[None, :, 1:cached.shape[2] + 1].expand(B, -1, -1)
     theirs, mine = full.argmax(-1), cached.argmax(-1)
     same = full.gather(-1, mine[..., None])[..., 0] >= full.amax(-1) - tie
-    a, c = (x.cpu().numpy() for x in (theirs, torch.where(same, theirs, mine)))
-    return dict(consistency=consistency(a, c, valid.cpu().numpy()), first_divergence=first_divergence(a, c, valid.cpu().numpy()),
-                tolerance=float((cached - full).abs().amax(-1)[valid].max()), steps=valid.shape[1])
+    a, c, v = (x.transpose(0, 1).cpu().numpy() for x in (theirs, torch.where(same, theirs, mine), valid))     # (K,B,S-1)
+    first = [first_divergence(a[:, i], c[:, i], v[:, i]) for i in range(B)]
+    return dict(consistency=consistency(*(x.reshape(K, -1) for x in (a, c, v))), first_divergence=min((f for f in first if f is not None), default=None),
+                tolerance=float((cached - full).abs().amax(-1)[valid].max()), steps=B*valid.shape[2], choices=int(v.sum()))
 
 def halved(
     model:SaxGPT,
@@ -266,11 +292,12 @@ GROUP = 4 # windows in a piece of work
 def groups(
     items:list, # windows, or pairs
     length=lambda i: 0, # those of the same length can be played together
+    most:int=GROUP, # in a group
 )->list: # of lists
     "Consecutive items, a few at a time."
     out = []
     for i in items:
-        if out and len(out[-1]) < GROUP and length(out[-1][0]) == length(i): out[-1].append(i)
+        if out and len(out[-1]) < most and length(out[-1][0]) == length(i): out[-1].append(i)
         else: out.append([i])
     return out
 
@@ -298,15 +325,18 @@ class Judge:
     "Sounds and descriptions of the samples, made when they are asked for."
     def __init__(self, store, tests, codec, samples, partners):
         self.store, self.tests, self.codec, self.samples, self.partners, self.known = store, tests, codec, samples, partners, {}
-        self.facts = {i: truth_at(tests, i) for i in samples}
-        self.truthful, self.original = all(t for t, _, _ in self.facts.values()), all(recording_files(tests, i) for i in samples)
+        self.facts, files = {i: truth_at(tests, i) for i in samples}, {i: recording_files(tests, i) for i in samples}
+        self.truthful, self.original = all(t for t, _, _ in self.facts.values()), all(files.values())
+        if not self.truthful: self.facts = {i: (None, *rest) for i, (_, *rest) in self.facts.items()}
+        hashes = {f: file_hash(f) for fs in files.values() for f in fs or ()} if self.original else {}
+        self.source = {i: [*self.facts[i][:2], *(hashes[f] for f in (files[i] if hashes else ()))] for i in samples}   # what its sounds and scores rest on
 
     def decoded(self, codes): # (K,L) -> (1,N)
         make = lambda: self.codec.decode(torch.from_numpy(np.asarray(codes, np.int64))[None].to(self.codec.device))[0].cpu().numpy()
         return self.store.sound([self.codec.hash, codes], make)
 
     def real(self, i): return self.decoded(self.tests.codes(i)[1])
-    def backing(self, i): return recorded(self.tests, i, 1) if recording_files(self.tests, i) else self.decoded(self.tests.codes(i)[0])
+    def backing(self, i): return recorded(self.tests, i, 1) if self.original else self.decoded(self.tests.codes(i)[0])
 
     def once(self, what, i, make): # descriptions are slow to make and used several times
         if (what, i) not in self.known: self.known[what, i] = make()
@@ -328,31 +358,27 @@ class Judge:
             b = self.same_key(k) if kind == 'same_key' else self.backing_of(i)
             solo = describe_solo(self.decoded(codes)) if codes is not None else self.solo_of(self.partners[k] if kind == 'shuffled' else i)
             return fit_scores(solo, b, reference=None if kind == 'same_key' else self.solo_of(i)) if b else None
-        made_by = [self.tests.hash, self.tests.dataset.seq_len, self.codec.hash, kind, i, self.partners[k], self.facts[i][0], codes,
-                   recording_files(self.tests, i) is None, self.samples if kind == 'same_key' else None]
+        made_by = [self.tests.hash, self.tests.dataset.seq_len, self.codec.hash, kind, i, self.partners[k], self.source[i], codes,
+                   self.sources if kind == 'same_key' else None]
         return self.store('fit', made_by, work)
 
-# %% ../nbs/09_evaluation.ipynb #643f51a8
-def third_tunes(
-    recordings:list, # of the samples
-    partners:list, # position of each sample's partner
-)->list: # position of a sample of a third recording for each; None if there are two recordings
-    "Partners for another shuffle."
-    n = len(recordings)
-    def other(k): return next((j for s in range(1, n) for j in [(partners[k] + s) % n] if recordings[j] not in (recordings[k], recordings[partners[k]])), None)
-    out = [other(k) for k in range(n)]
-    return None if None in out else out
+    @property
+    def sources(self): return [self.samples, self.partners, [self.source[i] for i in self.samples]]
 
+# %% ../nbs/09_evaluation.ipynb #20f0e052
 def stat(
     values, # (n,), one for each window; NaN where there is none
     draws:int=1000, # of the bootstrap
-)->dict: # mean, low, high, n
-    "A mean and its interval (95 %, over windows)."
-    v = np.array([x for x in values if x is not None], float)
-    v = v[np.isfinite(v)]
-    if not len(v): return dict(mean=None, low=None, high=None, n=0)
-    low, high = bootstrap(v, draws=draws)
-    return dict(mean=float(v.mean()), low=low, high=high, n=len(v))
+    groups=None, # (n,) recording of each window; windows of one are drawn together
+    binary:bool=False, # values are 0 or 1, or near
+)->dict: # mean, low, high, n; None where there is none
+    "A mean and its interval (95 %, over recordings)."
+    v = np.array([np.nan if x is None else x for x in values], float)
+    ok = np.isfinite(v)
+    if not ok.any(): return dict(mean=None, low=None, high=None, n=0)
+    g = None if groups is None else [groups[i] for i in np.flatnonzero(ok)]
+    low, high = (float(x) if np.isfinite(x) else None for x in bootstrap(v[ok], draws=draws, groups=g, binary=binary))
+    return dict(mean=float(v[ok].mean()), low=low, high=high, n=int(ok.sum()))
 
 # %% ../nbs/09_evaluation.ipynb #39ec51cf
 def prediction(
@@ -369,10 +395,12 @@ def prediction(
     each = {k: np.concatenate([p[k] for p in parts]) for k in ('true', 'shuffled', 'null', 'accuracy', 'repeat')}
     weights = [len(g) for g in groups(pairs)]
     target = np.concatenate([tests.codes(i)[1] for i, _ in pairs], 1)
-    told = lambda v: stat(v.mean(1), plan.draws) | dict(per_codebook=v.mean(0))
+    recordings = [tests.recording(i) for i, _ in pairs]
+    told = lambda v: stat(v.mean(1), plan.draws, recordings) | dict(per_codebook=v.mean(0))
     gaps = {f'gap_{k}': told(each[k] - each['true']) for k in ('shuffled', 'null')}
     predicted = np.average([p['probabilities'] for p in parts], axis=0, weights=weights)
     ce = {k: told(each[k]) for k in ('true', 'shuffled', 'null')}
+    if not model.cfg.condition_dropout: ce['null'] = gaps['gap_null'] = None                # a memory that was never learnt
     out = dict(windows=len(pairs), cross_entropy=ce, perplexity=math.exp(ce['true']['mean']), perplexity_per_codebook=np.exp(ce['true']['per_codebook']),
                uniform=math.log(predicted.shape[1]), accuracy=told(each['accuracy']), accuracy_repeating=told(each['repeat']), **gaps,
                kl_target_predicted=kl_divergence(target, predicted))
@@ -387,16 +415,34 @@ def checks(
     progress=lambda x: x,
 )->dict: # precision -> consistency, first_divergence, tolerance, steps
     "Cached against teacher-forced decoding, in full and in half precision."
-    windows, out = tests.choose(max(2, plan.checks), plan.seed)[0][:plan.checks], {}
+    windows, out = tests.choose(max(2, plan.checks), plan.seed)[0], {}
+    settings = plan.solo | dict(temperature=plan.solo['temperature'] or 1.)                # always the likeliest code hides too much
     def at(kind, make):
-        got = [store('cache', [*made_by, tests.dataset.seq_len, i, kind], lambda: check_cache(make(), tests.codes(i)[0])) for i in progress(windows)]
+        pairs = groups(windows, lambda i: tests.place(i)[2], 2)
+        got = [store('cache', [*made_by, tests.dataset.seq_len, g, settings, kind], lambda: check_cache(make(), np.stack([tests.codes(i)[0] for i in g]), settings))
+               for g in progress(pairs)]
         first = [g['first_divergence'] for g in got if g['first_divergence'] is not None]
-        return dict(consistency=np.average([g['consistency'] for g in got], weights=[g['steps'] for g in got]), first_divergence=min(first, default=None),
-                    tolerance=max(g['tolerance'] for g in got), steps=sum(g['steps'] for g in got))
+        return dict(consistency=np.average([g['consistency'] for g in got], weights=[g['choices'] for g in got]), first_divergence=min(first, default=None),
+                    tolerance=max(g['tolerance'] for g in got), steps=sum(g['steps'] for g in got), choices=sum(g['choices'] for g in got))
     half = halved(model)
     return {'float32': at('float32', lambda: model), half[1]: at(half[1], lambda: half[0])}
 
-# %% ../nbs/09_evaluation.ipynb #0bea44c7
+# %% ../nbs/09_evaluation.ipynb #b7cf8ffa
+def sampling_row(
+    name:str, # what it is
+    leads:list, # codes of the real solos, (K,L) each
+    codes:list, # of those to compare, as many
+    groups=None, # recording of each, for the interval
+    settings:dict=None, # how they were sampled
+    draws:int=1000, # of the bootstrap
+    kl:bool=True, # False where the codes are the same ones in another order
+)->dict: # n, accuracy, frames, exact, coverage, entropy_bits, kl_target_played
+    "Codes of solos against those of real ones."
+    acc, v = [sequence_accuracy(t[:, :c.shape[1]], c[:, :t.shape[1]]) for t, c in zip(leads, codes)], vocabulary(codes)
+    return dict(name=name, settings=settings, n=len(codes), accuracy=stat([a['token'] for a in acc], draws, groups), frames=np.mean([a['frame'] for a in acc]),
+                exact=np.mean([a['exact'] for a in acc]), accuracy_per_codebook=np.mean([a['per_codebook'] for a in acc], 0), coverage=v['coverage'],
+                entropy_bits=v['entropy_bits'], kl_target_played=kl_divergence(np.concatenate(leads, 1), np.concatenate(codes, 1)) if kl else None)
+
 def sampling(
     store:Store, # keeps what is done
     model:SaxGPT, # in eval mode
@@ -408,22 +454,21 @@ def sampling(
     progress=lambda x: x,
 )->tuple: # rows for the report, codes of the judged solos
     "What is played at several settings, against the real solos."
-    leads, others = ([tests.codes(i)[1] for i in w] for w in (samples, partners))
-    def row(name, codes, settings=None):
-        n = len(codes)
-        acc, v = [sequence_accuracy(t, c) for t, c in zip(leads, codes)], vocabulary(codes)
-        return dict(name=name, settings=settings, n=n, accuracy=stat([a['token'] for a in acc], plan.draws), frames=np.mean([a['frame'] for a in acc]),
-                    exact=np.mean([a['exact'] for a in acc]), accuracy_per_codebook=np.mean([a['per_codebook'] for a in acc], 0),
-                    coverage=v['coverage'], entropy_bits=v['entropy_bits'], kl_target_played=kl_divergence(np.concatenate(leads[:n], 1), np.concatenate(codes, 1)))
-    judged = play(store, model, made_by, tests, samples, plan.seed, plan.solo, progress)
-    rows = [row('real', leads), row("another tune's", others), row('played', judged, plan.solo)]
+    rest = tests.elsewhere(samples)
+    leads, others = ([tests.codes(i)[1] for i in w] for w in (samples, rest or partners))
+    recordings = [tests.recording(i) for i in samples]
+    def row(name, codes, settings=None, kl=True): return sampling_row(name, leads[:len(codes)], codes, recordings[:len(codes)], settings, plan.draws, kl)
+    def company(n): return [row('real', leads[:n]), row('other real solos' if rest else "another tune's", others[:n], kl=bool(rest))]
+    judged, few = play(store, model, made_by, tests, samples, plan.seed, plan.solo, progress), samples[:plan.each]
+    rows = [*company(len(samples)), row('played', judged, plan.solo), *company(len(few))]
     for s in GRID:
-        s, few = dict(temperature=1., top_k=250, top_p=0., guidance=plan.solo['guidance']) | s, samples[:plan.each]
+        s = dict(temperature=1., top_k=250, top_p=0., guidance=plan.solo['guidance']) | s
         codes = judged[:plan.each] if s == plan.solo else play(store, model, made_by, tests, few, plan.seed, s, progress)
         rows.append(row('played', codes, s))
     return rows, judged
 
-def fit(
+# %% ../nbs/09_evaluation.ipynb #39a1c153
+def fit_rows(
     judge:Judge,
     plan:Plan,
     judged:list, # codes of the solos
@@ -432,18 +477,21 @@ def fit(
 )->tuple: # metric -> series -> mean, low, high; values per sample
     "The fit metrics of played solos beside those of real and shuffled ones."
     series = shared | dict(model=[judge.scores(k, 'model', judged[k]) for k in progress(range(len(judged)))])
-    rows = {m: {s: stat([r and r[m] for r in v], plan.draws) for s, v in series.items()} for m in series['model'][0]}
+    rec = [judge.tests.recording(i) for i in judge.samples]
+    rows = {m: {s: stat([r and r[m] for r in v], plan.draws, rec, FIT.get(m, {}).get('binary', False)) for s, v in series.items()} for m in series['model'][0]}
     return rows, {m: [r[m] for r in series['model']] for m in rows}
 
 # %% ../nbs/09_evaluation.ipynb #9a4d21cd
 def sounds_of(
     judge:Judge,
-)->tuple: # real sounds, their round trips or None
+)->tuple: # real sounds, their round trips or None, as many other real sounds or None
     "The real solos that solos are compared with."
-    trips = [judge.real(i) for i in judge.samples]
-    return ([recorded(judge.tests, i, 0) for i in judge.samples], trips) if judge.original else (trips, None)
+    trips, rest = [judge.real(i) for i in judge.samples], judge.tests.elsewhere(judge.samples)
+    if judge.original and all(recording_files(judge.tests, i) for i in rest or ()):
+        return [recorded(judge.tests, i, 0) for i in judge.samples], trips, rest and [recorded(judge.tests, i, 0) for i in rest]
+    return trips, None, rest and [judge.real(i) for i in rest]
 
-def distances(
+def frechet(
     judge:Judge,
     plan:Plan,
     judged:list, # codes of the solos
@@ -451,32 +499,33 @@ def distances(
     progress=lambda x: x, # such as tqdm
 )->dict: # embedder -> as from `fad`, or dict(error=line)
     "The Fréchet distances; an embedder that cannot be had is a line in the report."
-    out, (real, trips), played = {}, sounds_of(judge), [judge.decoded(c) for c in judged]
+    out, (real, trips, others), played = {}, sounds_of(judge), [judge.decoded(c) for c in judged]
+    heard = content_hash(*(x.tobytes() for part in (real, trips, others) for x in part or ()))
     for e in progress(plan.embedders):
-        make = lambda: fad(real, played, trips, e, plan.fad_draws, plan.seed, cache)
-        try: out[e] = judge.store('fad', [judge.tests.hash, judge.tests.dataset.seq_len, judge.samples, judged, e, plan.fad_draws, plan.seed, trips is None], make)
+        make = lambda: fad(real, played, trips, e, seed=plan.seed, cache=cache, others=others)
+        try: out[e] = judge.store('fad', [judge.tests.hash, judge.tests.dataset.seq_len, judge.sources, heard, judged, e, plan.seed], make)
         except FadError as err: out[e] = dict(error=str(err))
     return out
 
-def adherence(
+def adhere(
     judge:Judge,
     plan:Plan,
     judged:list, # codes of the solos
     cache, # folder for the points
-)->dict: # series -> mean, low, high
-    "The APA-style score on the codec's latents; `shuffled` is another shuffle than the one of the reference."
-    at, rec = {i: k for k, i in enumerate(judge.samples)}, [judge.tests.place(i)[0]['recording'] for i in judge.samples]
-    third = third_tunes(rec, [at[p] for p in judge.partners])
+)->dict: # series -> as from `adherence`
+    "The APA-style score on the codec's latents; `shuffled` is another shuffle than the one of the reference, `silence` is no solo."
+    sides = exchange([judge.tests.recording(i) for i in judge.samples], plan.seed)
     def work():
-        solos = dict(real=[judge.real(i) for i in judge.samples], partner=[judge.real(i) for i in judge.partners], model=[judge.decoded(c) for c in judged])
-        if third: solos['shuffled'] = [judge.real(judge.samples[k]) for k in third]
+        if not sides: return {k: stat([]) for k in ('real', 'shuffled', 'model', 'silence')}        # too few recordings to keep any apart
+        side, first, second = sides
+        real = [judge.real(i) for i in judge.samples]
+        solos = dict(real=real, partner=[real[k] for k in first], model=[judge.decoded(c) for c in judged])
+        if second is not None: solos['shuffled'] = [real[k] for k in second]
         back = [judge.backing(i) for i in judge.samples]
-        points = {k: embed([mix(x, b) for b, x in zip(back, v)], cache=cache) for k, v in solos.items()}
-        def score(rows, k): return apa(*(np.concatenate([points[s][i] for i in rows]) for s in ('real', 'partner', k)))
-        rows = list(range(len(back)))
-        def told(k): return dict(mean=score(rows, k), n=len(rows), **dict(zip(('low', 'high'), bootstrap(rows, lambda r: score(r, k), plan.fad_draws))))
-        return {k: told(k) if k in points else stat([]) for k in ('real', 'shuffled', 'model')}
-    return judge.store('apa', [judge.tests.hash, judge.tests.dataset.seq_len, judge.samples, judge.partners, third, judged, plan.fad_draws], work)
+        points = {k: embed([mix(x, b) for b, x in zip(back, v)], cache=cache) for k, v in solos.items()} | dict(silence=embed(back, cache=cache))
+        got = adherence(points, side, plan.seed)
+        return {k: got.get(k) or stat([]) for k in ('real', 'shuffled', 'model', 'silence')}
+    return judge.store('apa', [judge.tests.hash, judge.tests.dataset.seq_len, judge.sources, judged, plan.seed], work)
 
 # %% ../nbs/09_evaluation.ipynb #0b732f18
 def measure(
@@ -491,26 +540,26 @@ def measure(
     "All that is asked of a checkpoint."
     model, info = load_model(checkpoint, device)
     tests, store = judge.tests, judge.store
-    check_codec(info, tests.dataset.fingerprint, f'{tests.dataset.path} with checkpoint {checkpoint}')
-    made_by = [info['source'].rpartition(' ')[2], tests.hash, str(device)]
+    made_by = [info['source'].rpartition(' ')[2], info['config']['model'], tests.hash, str(device)]
     args = store, model, made_by, tests, plan
     predicted, each = prediction(*args, progress('predict'))
     cache_checks = checks(*args, progress('cached against full'))
     rows, judged = sampling(*args, judge.samples, judge.partners, progress('play'))
     for c in progress('decode')(judged): judge.decoded(c)
-    fitted, more = fit(judge, plan, judged, shared, progress('fit'))
-    far = distances(judge, plan, judged, cache, progress('sound'))
+    fitted, more = fit_rows(judge, plan, judged, shared, progress('fit'))
+    far = frechet(judge, plan, judged, cache, progress('sound'))
     numbers = dict(checkpoint=str(checkpoint), step=info.get('step'), weights=made_by[0], parameters=sum(p.numel() for p in model.parameters()),
-                   prediction=predicted, cache=cache_checks, sampling=rows, fit=fitted, apa=adherence(judge, plan, judged, cache), fad=far)
+                   prediction=predicted, cache=cache_checks, sampling=rows, fit=fitted, apa=adhere(judge, plan, judged, cache), fad=far)
     return numbers, each | more, judged
 
 def differences(
     mine:dict, # values per window
     theirs:dict,
     draws:int=1000,
+    groups=lambda metric: None, # recording of each of its windows
 )->dict: # metric -> mean, low, high of mine - theirs
     "Differences window by window."
-    return {k: stat(np.asarray(mine[k], float) - np.asarray(theirs[k], float), draws) for k in mine}
+    return {k: stat(np.asarray(mine[k], float) - np.asarray(theirs[k], float), draws, groups(k)) for k in mine}
 
 # %% ../nbs/09_evaluation.ipynb #b599ee43
 def _bars(name): return lambda x: tqdm(x, desc=f'{name:20}', leave=True)
@@ -532,20 +581,24 @@ def evaluate(
     against=None, # another checkpoint, to compare with
     progress=_bars, # stage -> such as tqdm
 )->dict: # as in results.json
-    "Evaluate a checkpoint on the test set; goes on where an earlier run stopped."
+    "Evaluate a checkpoint on the test set; goes on where an earlier run stopped. Both checkpoints are looked at before either is measured."
     device_name(str(device).startswith('cuda'))
     out = Path(output_dir)
     with locked(out):
         for d in (out/'items').glob('*/'): sweep(d)
-        tests, store = TestSet(cfg, plan.seconds), Store(out/'items')
-        info = load_model(checkpoint, 'cpu')[1]
+        infos = {c: load_model(c, 'cpu')[1] for c in (checkpoint, against) if c}
+        limits = {c: info['config']['model']['max_seq_len'] for c, info in infos.items()}
+        tests, store = TestSet(cfg, plan.seconds, min(limits.values())), Store(out/'items')
+        if tests.limited_by: tests.limited_by = str(min(limits, key=limits.get))
+        for c, info in infos.items(): check_codec(info, tests.dataset.fingerprint, f'{tests.dataset.path} with checkpoint {c}')
         samples, partners = tests.choose(plan.samples, plan.seed)
-        judge = Judge(store, tests, load_codec(info['codec_name'], device), samples, partners)
+        judge = Judge(store, tests, load_codec(infos[checkpoint]['codec_name'], device), samples, partners)
         kinds = ('real', 'shuffled', 'same_key') if judge.truthful else ('real', 'shuffled')
         shared = {kind: [judge.scores(k, kind) for k in progress(f'fit, {kind}'.replace('_', ' '))(range(len(samples)))] for kind in kinds}
         models, values, played = zip(*[measure(c, judge, plan, shared, device, out/'items/points', progress) for c in (checkpoint, against) if c])
+        def of(metric): return [tests.recording(i) for i in (samples if metric in models[0]['fit'] else tests.choose(plan.windows, plan.seed)[0])]
         results = dict(saxgpt=__version__, plan=asdict(plan) | dict(samples=len(samples)), dataset=_dataset(judge), models=models,
-                       difference=differences(*values, plan.draws) if against else None, samples=_samples(judge, shared, values))
+                       difference=differences(*values, plan.draws, of) if against else None, samples=_samples(judge, shared, values))
         results = clean(plain(results))
         write_text(out/'results.json', json.dumps(results, indent=1, allow_nan=False) + '\n')
         write_text(out/'timing.json', json.dumps({k: round(v, 2) for k, v in store.seconds.items()}, indent=1) + '\n')
@@ -554,9 +607,9 @@ def evaluate(
 
 def _dataset(judge):
     d = judge.tests.dataset
-    return dict(file=d.path.name, sha256=judge.tests.hash, codec=judge.codec.name, recordings=len(set(judge.tests.recordings)), windows=len(judge.tests.usable),
+    return dict(file=d.path.name, split=judge.tests.split, sha256=judge.tests.hash, codec=judge.codec.name, recordings=len(set(judge.tests.recordings)), windows=len(judge.tests.usable),
                 seconds=d.seq_len/50, truth='known' if judge.truthful else 'estimated',
-                sounds='recorded' if judge.original else 'decoded from the codes')
+                sounds='recorded' if judge.original else 'decoded from the codes', limited_by=judge.tests.limited_by)
 
 def _samples(judge, shared, values): # what each sample got
     keys = list(FIT)
@@ -583,17 +636,24 @@ def summary(
     results:dict, # as in results.json
 )->str:
     "A few lines for the terminal."
-    out = []
+    out = [f'note: {n}' for n in notes(results)]
     for m in results['models']:
-        p, f, c = m['prediction'], m['fit'], m['cache']['float32']
-        e = {k: v for k, v in m['fad'].items()}
-        out += [f'{m["checkpoint"]}: {p["cross_entropy"]["true"]["mean"]:.3f} nats a code, perplexity {p["perplexity"]:.1f}, gap to another backing '
-                f'{p["gap_shuffled"]["mean"]:.3f} ({p["gap_shuffled"]["low"]:.3f} to {p["gap_shuffled"]["high"]:.3f})',
-                f'cached against teacher-forced: {100*c["consistency"]:.4g} % equal' + ('' if c['first_divergence'] is None else f', first divergence at {c["first_divergence"]}')]
-        out += [f'{FIT[k]["name"]:22}' + '   '.join(f'{s.replace("_", " ")} {f[k][s]["mean"]:.2f}' for s in ('real', 'shuffled', 'model')) for k in FIT]
-        out += [f'FAD ({k})'.ljust(22) + (v['error'] if 'error' in v else f'{v["value"]:.1f} ({v["low"]:.1f} to {v["high"]:.1f}), bias-free {v["unbiased"]:.1f}, {v["n"]} solos'
-                + (f'; real against real {v["real_real"]["unbiased"]:.1f}' if v['real_real'] else '')) for k, v in e.items()]
+        p, f, c, g = m['prediction'], m['fit'], m['cache']['float32'], m['prediction']['gap_shuffled']
+        out += [f'{m["checkpoint"]}: {p["cross_entropy"]["true"]["mean"]:.3f} nats a code, perplexity {p["perplexity"]:.1f}, gap to another backing {_said(g)}',
+                f'cached against teacher-forced: {100*c["consistency"]:.4g} % of {c["choices"]} choices equal'
+                + ('' if c['first_divergence'] is None else f', first divergence at {c["first_divergence"]}')]
+        out += [f'{FIT[k]["name"]:22}' + '   '.join(f'{s.replace("_", " ")} {_said(dict(mean=f[k][s]["mean"]), 2)}' for s in ('real', 'shuffled', 'model')) for k in FIT]
+        out += [f'FAD ({k})'.ljust(22) + (v['error'] if 'error' in v else f'{_said(v, 1)}, bias-free {_free(v)}, {v["n"]} solos'
+                + (f'; real against real {_free(v["real_real"])}' if v['real_real'] else '')) for k, v in m['fad'].items()]
     return '\n'.join(out)
+
+def _free(d): return _said(dict(mean=d['unbiased'], low=d['unbiased_low'], high=d['unbiased_high']), 1)
+
+def _said(d, digits=3): # a number, and its interval where there is one
+    d = d if isinstance(d, dict) else dict(mean=d)
+    v = d.get('mean', d.get('value'))
+    if v is None: return 'unknown'
+    return f'{v:.{digits}f}' + (f' ({d["low"]:.{digits}f} to {d["high"]:.{digits}f})' if d.get('low') is not None else '')
 
 @command
 def main(
@@ -606,6 +666,7 @@ def main(
     windows:int=None, # windows to predict
     quick:bool=False, # little of everything, in about a minute
     cuda:bool=False, # use the GPU
+    seconds:float=None, # length of a window; the dataset's when absent, at most what the checkpoints can read at once
     seed:int=0, # of the choice of windows and of the solos
     embedders:str=None, # of the Fréchet distance, with commas: codec, vggish, pann, clap, encodec
     temperature:float=1., # of the judged solos
@@ -615,7 +676,7 @@ def main(
 ):
     "Say with numbers and sounds how good a checkpoint is: does it predict, does it sound, does it fit?"
     solo = dict(temperature=float(temperature), top_k=int(top_k), top_p=float(top_p), guidance=float(guidance))
-    plan = make_plan(quick, windows=windows, samples=fad_samples, seed=seed, solo=solo, embedders=tuple(embedders.split(',')) if embedders else None)
+    plan = make_plan(quick, windows=windows, samples=fad_samples, seconds=seconds, seed=seed, solo=solo, embedders=tuple(embedders.split(',')) if embedders else None)
     cfg = load_config(RunConfig, config, overrides or ())
     try: results = evaluate(cfg, checkpoint, output_dir, plan, 'cuda' if cuda else 'cpu', against)
     except KeyboardInterrupt as e:

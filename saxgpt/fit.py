@@ -12,6 +12,7 @@ __all__ = ['LATENCY', 'LOW', 'HOP', 'FIT', 'choose', 'listening_losses', 'gap', 
 import numpy as np, torch
 
 from .data.dataset import CodesDataset
+from .metrics import bootstrap
 from .model.transformer import Memory, SaxGPT, next_step_loss
 
 # %% ../nbs/09c_fit.ipynb #2e67647e
@@ -54,13 +55,12 @@ def gap(
     other:str='shuffled', # or 'null'
     draws:int=1000, # bootstrap samples
     seed:int=0, # of the bootstrap
+    groups=None, # (n,) recording of each window; each its own when absent
 )->dict: # 'gap' (nats), 'low', 'high' (95 % interval), 'per_codebook' (K,)
     "How much worse the lead is predicted without its own backing."
     d = losses[other] - losses['true']
-    rng = np.random.default_rng(seed)
-    means = d.mean(1)[rng.integers(0, len(d), (draws, len(d)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return dict(gap=float(d.mean()), low=float(low), high=float(high), per_codebook=d.mean(0).tolist())
+    low, high = bootstrap(d.mean(1), draws=draws, seed=seed, groups=groups)
+    return dict(gap=float(d.mean()), low=low, high=high, per_codebook=d.mean(0).tolist())
 
 # %% ../nbs/09c_fit.ipynb #e1ad0fd8
 import librosa
@@ -69,8 +69,8 @@ from scipy.ndimage import median_filter
 from .audio import SAMPLE_RATE, resample
 from .demo import NAMES, QUALITIES
 from .generate import pitch_track
-from .metrics import (activity_f1, beat_f1, chord_tone_share, chroma_agreement, grooving_similarity, implied_beats, onset_phase,
-    pitch_class_entropy)
+from .metrics import (activity_f1, beat_chance, beat_f1, beat_window, chord_tone_share, chroma_agreement, grooving_similarity,
+    implied_beats, onset_phase, pitch_class_entropy)
 
 # %% ../nbs/09c_fit.ipynb #34a0cb93
 def apart(
@@ -171,12 +171,15 @@ def fold(
 def half_bars(
     x:np.ndarray, # backing (1,N), 32 kHz
     beats, # (n,) seconds; every other one begins a half bar
+    starts=None, # (m,) seconds where half bars begin, if it is known
 )->tuple: # edges (n+1,) s, harmony (12,n), bass (12,n), index (T,): each column's half bar
     "Pitch classes of the harmony and of the bass, half bar by half bar."
     C = semitones(x)
     t, end = np.arange(C.shape[1])*HOP/16_000, x.shape[1]/SAMPLE_RATE
-    edges = np.asarray(beats, float)[::2] if len(beats) > 1 else np.arange(0, end, 1.)
-    edges = np.r_[edges[edges < end], end]
+    if starts is None: starts = np.asarray(beats, float)[::2] if len(beats) > 1 else np.arange(0, end, 1.)
+    starts = np.asarray(starts, float)
+    edges = np.r_[starts[starts < end], end]
+    if len(edges) < 2: edges = np.r_[0., end]
     index = np.clip(np.searchsorted(edges, t, 'right') - 1, 0, len(edges) - 2)
     harmony = fold(np.maximum(C - median_filter(C, (5, 1)), 0), 50, 79)
     bass = fold(librosa.decompose.hpss(C, kernel_size=(15, 5))[0]**.7, LOW, 50)
@@ -241,25 +244,27 @@ def crop_truth(
     truth:dict, # as in truth.json
     start:float, # s, where the clip begins in the recording
     seconds:float, # how long it is
-)->dict: # chords, beats, bars (s within the clip), swing
+)->dict: # chords, beats, bars, half_bars (s within the clip), swing
     "What is known about a clip."
     chords = [c if isinstance(c, dict) else c._asdict() for c in truth['chords']]
+    chords = [dict(scale=c['tones']) | c for c in chords]                        # without a scale, the chord's own notes
     chords = [c | dict(start=c['start'] - start, end=c['end'] - start) for c in chords if c['end'] > start and c['start'] < start + seconds]
     b = np.asarray(truth['beats'], float) - start
     inside = lambda t: t[(t >= -1e-6) & (t < seconds)]
-    return dict(chords=chords, beats=inside(b), bars=inside(b[::4]), swing=float(truth.get('swing', .5)))
+    half = np.r_[b[::2][b[::2] < 0][-1:]*0, inside(b[::2])]                      # the clip may begin within a half bar: it goes on from 0
+    return dict(chords=chords, beats=inside(b), bars=inside(b[::4]), half_bars=half, swing=float(truth.get('swing', .5)))
 
 def describe_backing(
     x:np.ndarray, # (1,N), 32 kHz
     truth:dict=None, # truth.json of the recording; estimated when absent
     start:float=0., # s, where the clip begins in the recording
-)->dict: # seconds, chords, beats, bars, swing, chroma (12,T), estimated
+)->dict: # seconds, chords, beats, bars, half_bars, swing, chroma (12,T), estimated
     "All that the scores ask of a backing."
     seconds = x.shape[1]/SAMPLE_RATE
     known = crop_truth(truth, start, seconds) if truth else {}
     beats = known['beats'] if truth else beats_of_backing(x)
-    edges, H, B, index = half_bars(x, beats)
-    if not truth: known = dict(chords=read_chords(edges, H, B), beats=beats, bars=beats[::4], swing=swing_of(x, beats))
+    edges, H, B, index = half_bars(x, beats, known.get('half_bars'))
+    if not truth: known = dict(chords=read_chords(edges, H, B), beats=beats, bars=beats[::4], half_bars=edges[:-1], swing=swing_of(x, beats))
     return known | dict(seconds=seconds, chroma=H[:, index], estimated=not truth)
 
 # %% ../nbs/09c_fit.ipynb #4f5cf520
@@ -269,7 +274,8 @@ FIT = dict( # of a solo: key -> name, chance (what unrelated music gets, about),
     chroma=dict(name='chroma agreement', chance=0., sees='pitch against what is heard', blind='rhythm; weak for one solo'),
     onset_alignment=dict(name='onset alignment', chance=0., sees='onsets against the eighths',
         blind='pitch; a delay of whole beats, without swing of eighths'),
-    beat_f1=dict(name='beat F1 at 70 ms', chance=.3, sees='implied beats against the beats', blind='pitch; a delay of whole beats'),
+    beat_f1=dict(name='beat F1', chance=.33, sees='whether the beats that its onsets imply are the beats: about one bit for each solo',
+        blind='pitch; a delay of whole beats; right by chance as often as `beat_chance`', binary=True),
     activity_f1=dict(name='activity F1', chance=.7, sees='playing and resting as the real solo', blind='pitch, small delays'))
 
 def _known(v): return 0. if np.isnan(v) else float(v)
@@ -298,7 +304,7 @@ def fit_scores(
     return dict(note_in_chord=_known(chord_tone_share(times, midi, b['chords'])),
         note_in_scale=_known(chord_tone_share(times, midi, b['chords'], 'scale')),
         chroma=chroma_agreement(_pitch_classes(midi), b['chroma'][:, column]),
-        onset_alignment=phase['alignment'], beat_f1=beat_f1(b['beats'], implied_beats(onsets, b['beats'], b['swing'])),
+        onset_alignment=phase['alignment'], beat_f1=beat_f1(b['beats'], implied_beats(onsets, b['beats'], b['swing']), beat_window(b['beats'])), beat_chance=beat_chance(b['beats']),
         activity_f1=activity_f1(s['active'], r['active']) if r else np.nan,
         onset_concentration=phase['concentration'], onset_offset=phase['offset'], onsets=len(onsets),
         voiced=float(np.isfinite(midi).mean()) if len(midi) else 0., active=float(s['active'].mean()) if len(s['active']) else 0.,
