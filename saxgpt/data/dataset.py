@@ -9,6 +9,7 @@ __all__ = ['SPLITS', 'DatasetError', 'split_of', 'read_header', 'map_tensors', '
 
 # %% ../../nbs/05_dataset.ipynb #87029149
 import json, os, signal
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -275,8 +276,9 @@ class CodesLoader(DataLoader):
     def __iter__(self):
         self.sampler.set(self.sampler.epoch, self.sampler.position)
         epoch, done = self.sampler.epoch, self.sampler.position
+        with _held(): batches = super().__iter__()                 # starts the workers
         try:
-            for batch in super().__iter__():
+            for batch in batches:
                 done += len(batch['lead'])
                 self.sampler.epoch, self.sampler.position = epoch, done
                 yield batch
@@ -294,10 +296,21 @@ class CodesLoader(DataLoader):
         "Dismiss the workers"
         if self._iterator is not None and self.num_workers: self._iterator._shutdown_workers()
 
-# %% ../../nbs/05_dataset.ipynb #4867550d
+# %% ../../nbs/05_dataset.ipynb #74b92eba
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+@contextmanager
+def _held(): # processes begun here inherit it
+    if not hasattr(signal, 'pthread_sigmask'): return (yield)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 def _outlive(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, 'alarm'): signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    if not hasattr(signal, 'alarm'): return
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 def make_loader(dataset:CodesDataset, batch_size:int,
                 shuffle:bool=True, # training; without it every window once, in order
