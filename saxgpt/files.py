@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FULL', 'WriteError', 'reason', 'atomic_path', 'replace_dir', 'atomic_dir', 'file_hash', 'content_hash',
            'append_jsonl', 'read_jsonl', 'write_text', 'write_jsonl', 'printable', 'is_name', 'read_table',
-           'read_manifest', 'prune', 'write_tensors', 'read_tensors', 'sweep', 'locked', 'caught', 'Processes',
-           'map_parallel']
+           'read_manifest', 'prune', 'write_tensors', 'read_tensors', 'sweep', 'locked', 'Said', 'say', 'caught',
+           'Processes', 'map_parallel']
 
 # %% ../nbs/10a_files.ipynb #969a8b6b
 import csv, errno, hashlib, json, multiprocessing as mp, os, re, shutil, signal, sys, threading
@@ -297,6 +297,23 @@ def locked(
         for f in sorted({os.path.realpath(f) for f in folders}): stack.enter_context(_lock(Path(f)))
         for f in folders: sweep(f)
         yield
+
+# %% ../nbs/10a_files.ipynb #c0b913a1
+class Said:
+    "Standard error, as long as anybody takes it."
+    def _do(self, what, *args):
+        try: return getattr(sys.stderr, what)(*args)
+        except (OSError, ValueError): return 0
+    def write(self, text): return self._do('write', text)
+    def flush(self): self._do('flush')
+    def isatty(self): return self._do('isatty')
+    def fileno(self): return sys.stderr.fileno()
+
+def say(
+    text:str,
+):
+    "One line for a person, above the progress bars."
+    tqdm.write(f'saxgpt: {text}', file=Said())
 
 # %% ../nbs/10a_files.ipynb #79a78bc3
 def caught(

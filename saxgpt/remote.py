@@ -6,16 +6,15 @@
 __all__ = ['SCHEMES', 'WAITS', 'LOGIN', 'BLOCK', 'RemoteError', 'RemoteMissing', 'Garbled', 'is_remote', 'passing', 'retrying',
            'download', 'cache', 'in_turn', 'fetch', 'put', 'read_text', 'list_names', 'remove']
 
-# %% ../nbs/10b_remote.ipynb #1c9f33a0
-import asyncio, base64, hashlib, inspect, math, os, random, re, sys, time
+# %% ../nbs/10b_remote.ipynb #b3f03feb
+import asyncio, base64, hashlib, inspect, math, os, random, re, time
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from urllib.parse import unquote
 
-from tqdm.auto import tqdm
 
-from .files import WriteError, atomic_path, content_hash, is_name, locked, printable, reason
+from .files import WriteError, atomic_path, content_hash, is_name, locked, printable, reason, say
 
 # %% ../nbs/10b_remote.ipynb #b6f7bea9
 class RemoteError(OSError):
@@ -62,7 +61,7 @@ def _tell(what, e):
     now, before = time.monotonic(), _said.get(what, -math.inf)
     _said[what] = now
     if now - before < 600: return
-    tqdm.write(f'saxgpt: {what}: no answer ({_why(e)}); trying again for {sum(WAITS):.0f} s', file=sys.stderr)
+    say(f'{what}: no answer ({_why(e)}); trying again for {sum(WAITS):.0f} s')
 
 def _why(e):
     "One short line: what a server or the network said."
@@ -163,7 +162,7 @@ BLOCK = 16 << 20    # bytes of one request; a multiple of 256 KiB, which uploads
 def _bring(store, at, about, path, url):
     "Download one version of an object."
     pin, md5 = {k: about[k] for k in ('generation',) if about.get(k)}, hashlib.md5(usedforsecurity=False)
-    if about['size'] > 1 << 27: tqdm.write(f'saxgpt: fetching {url} ({about["size"]/1e9:.1f} GB)', file=sys.stderr)
+    if about['size'] > 1 << 27: say(f'fetching {url} ({about["size"]/1e9:.1f} GB)')
     with atomic_path(path) as tmp:
         with open(tmp, 'wb') as f:
             for start in range(0, about['size'], BLOCK):

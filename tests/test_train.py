@@ -11,11 +11,11 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-import kills
 from kills import (VARIANTS, Nursery, bits, config_file, differences, leftovers, log_lines, start, torchrun, toy_data, whole_checkpoints)
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='needs fork and /proc')
@@ -389,6 +389,19 @@ def small_disk(folder, megabytes):
     return done.returncode == 0
 
 
+@contextmanager
+def stopped_on_small_disk(nursery, data, tmp_path):
+    "A run that was stopped after step 11 in a folder of 8 MB: the disk, the run's folder, its command"
+    disk = tmp_path/'disk'
+    if not small_disk(disk, 8): pytest.skip('mounting needs rights')
+    try:
+        args = config_file(data, disk/'out')
+        run = nursery.start(*args, traps=[dict(at=step, n=11, signal=TERM)])
+        assert run.wait() == 143, run.said
+        yield disk, disk/'out', args
+    finally: subprocess.run(['umount', str(disk)])
+
+
 def told(run, why):
     "One clear line for every attempt, the last one behind all else"
     assert run.wait() == 2 and 'Traceback' not in run.said, run.said
@@ -398,13 +411,7 @@ def told(run, why):
 
 
 def test_no_space_left_on_a_small_disk(nursery, data, whole, tmp_path):
-    disk = tmp_path/'disk'
-    if not small_disk(disk, 8): pytest.skip('mounting needs rights')
-    try:
-        out = disk/'out'
-        args = config_file(data, out)
-        run = nursery.start(*args, traps=[dict(at=step, n=11, signal=TERM)])
-        assert run.wait() == 143, run.said
+    with stopped_on_small_disk(nursery, data, tmp_path) as (disk, out, args):
         with open(disk/'ballast', 'wb') as f:                    # all but 150 kB: the log goes on, a checkpoint does not fit
             free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize
             f.write(bytes(free - 150_000))
@@ -417,7 +424,6 @@ def test_no_space_left_on_a_small_disk(nursery, data, whole, tmp_path):
             assert not leftovers(out)
         (disk/'ballast').unlink()
         finish(nursery.start(*args), out, whole())
-    finally: subprocess.run(['umount', str(disk)])
 
 
 @pytest.mark.parametrize('size', [5000, 30_000, 150_000], ids=['not even the log', 'no weights', 'no moments'])
@@ -434,13 +440,7 @@ def test_files_that_cannot_grow(nursery, data, whole, tmp_path, size):
 
 def test_no_space_left_for_words_either(nursery, data, whole, tmp_path):
     "The log of the command is on the same full disk"
-    disk = tmp_path/'disk'
-    if not small_disk(disk, 8): pytest.skip('mounting needs rights')
-    try:
-        out = disk/'out'
-        args = config_file(data, out)
-        run = nursery.start(*args, traps=[dict(at=step, n=11, signal=TERM)])
-        assert run.wait() == 143, run.said
+    with stopped_on_small_disk(nursery, data, tmp_path) as (disk, out, args):
         with open(disk/'words', 'w') as f:
             traps = [dict(at=step, n=2, do='sleep', seconds=2), dict(at=step, n=3, do='flood', lines=500), dict(at=step, n=6, do='sleep', seconds=2)]
             run = start(tmp_path, *args, out=f, traps=traps)
@@ -455,7 +455,6 @@ def test_no_space_left_for_words_either(nursery, data, whole, tmp_path):
             assert run.wait() == 0, (disk/'words').read_text()
         a, b = bits(out/'checkpoints'/'last'), bits(whole()/'checkpoints'/'last')
         assert a == b
-    finally: subprocess.run(['umount', str(disk)])
 
 
 def test_nobody_reads_what_is_said(nursery, data, whole, tmp_path):

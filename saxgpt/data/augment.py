@@ -6,8 +6,8 @@
 __all__ = ['spectra', 'vocode', 'overlap_add', 'variants', 'shifted', 'shift', 'copy_id', 'copies_of', 'read_clip', 'make_copy',
            'augment_clip', 'chosen_clips', 'run']
 
-# %% ../../nbs/03_augmentation.ipynb #626b99d9
-import json, tempfile
+# %% ../../nbs/03_augmentation.ipynb #1e158464
+import json
 from functools import partial
 from pathlib import Path
 import librosa, numpy as np, soundfile as sf
