@@ -141,7 +141,7 @@ class Trainer:
     def made_from(self)->str: return self.loader.dataset.meta.get('settings')
     @property
     def val_data(self)->list: # what the validation loss depends on, beside the weights
-        return self.val_loader and [self.val_loader.sampler.n, self.val_loader.dataset.meta.get('settings'), self.cfg.training.val_batches]
+        if self.val_loader is not None: return [self.val_loader.sampler.n, self.val_loader.dataset.meta.get('settings'), self.cfg.training.val_batches]
     @property
     def place(self)->tuple: return self.loader.sampler.epoch, self.loader.sampler.position
 
