@@ -39,6 +39,8 @@ class Codec(nn.Module):
 
     @property
     def device(self)->torch.device: return next(iter(self.state_dict().values())).device
+    @property
+    def vectors(self)->torch.Tensor: raise NotImplementedError         # what the codes stand for: (K,cardinality,D), summed over K
 
 # %% ../nbs/04a_codec.ipynb #24455148
 def check_wav(
@@ -263,6 +265,9 @@ class MelCodec(Codec):
         self.register_buffer('inverse', torch.linalg.pinv(self.bands).float())
         self.hash = content_hash(asdict(settings), self.books.half().numpy().tobytes())
 
+    @property
+    def vectors(self): return self.books # (K,E,2M)
+
     def encode_item(self, x): # (N,) -> (K,T)
         around, codes = -(-self.settings.n_fft//(2*self.hop)), []      # frames to either side that a window reaches into
         for start in range(0, -(-len(x)//self.hop), self.chunk):
@@ -456,6 +461,9 @@ class EncodecCodec(Codec):
         self.layers = layers.eval().requires_grad_(False)
         kept = sorted(k for k in state if not k.endswith(AVERAGES))
         self.hash = content_hash(kept, *(state[k].contiguous().cpu().numpy().tobytes() for k in kept))
+
+    @property
+    def vectors(self): return torch.stack([l._codebook.embed for l in self.layers['quantizer'].vq.layers]) # (K,E,D)
 
     def encode_item(self, x): return self.encode_many([x])[0] # (N,) -> (K,T)
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ConfigError', 'Section', 'field', 'DataPaths', 'Intermediates', 'DownloadConfig', 'DemucsConfig', 'WindowConfig',
            'AugmentConfig', 'TokenizeConfig', 'SplitConfig', 'DatasetConfig', 'DataConfig', 'RunData', 'ModelConfig',
-           'SchedulerConfig', 'OptimizerConfig', 'SampledConfig', 'TrainingConfig', 'RunConfig', 'type_name', 'rows',
-           'explain', 'parse', 'configs_dir', 'weights_dir', 'device_name', 'config_path', 'override', 'load_config',
-           'to_dict', 'usage_errors', 'arguments', 'command']
+           'SchedulerConfig', 'OptimizerConfig', 'SampledConfig', 'HistoryConfig', 'TrainingConfig', 'RunConfig',
+           'type_name', 'rows', 'explain', 'parse', 'configs_dir', 'weights_dir', 'device_name', 'config_path',
+           'override', 'load_config', 'to_dict', 'usage_errors', 'arguments', 'command']
 
 # %% ../nbs/10_config.ipynb #b942c4a0
 import difflib, inspect, os, reprlib, signal, sys, types
@@ -215,6 +215,14 @@ class SampledConfig(Section):
     start: int = field(0, 'training step at which the ramp begins', ge=0)
     ramp: int = field(1000, 'training steps from none to the full share', ge=1)
 
+class HistoryConfig(Section):
+    "History dropout: windows in which the decoder has no past, or a part of it, and has to listen to the backing."
+    first: float = field(0., 'share of windows without any past at the beginning', ge=0, le=1)
+    last: float = field(0., 'the same after the ramp', ge=0, le=1)
+    hold: int = field(0, 'training step at which the ramp begins', ge=0)
+    ramp: int = field(1000, 'training steps from the first share to the last', ge=1)
+    stretches: float = field(0., 'share of windows that lose a stretch of their past', ge=0, le=1)
+
 class TrainingConfig(Section):
     "How the model is trained."
     num_epochs: int = field(..., 'passes over the training set', ge=1)
@@ -233,6 +241,8 @@ class TrainingConfig(Section):
     max_grad_norm: float = field(1., 'gradients are clipped to this norm', gt=0)
     ema_decay: float = field(.999, 'of the moving average of the weights, which is validated and plays; 0 is none', ge=0, lt=1)
     scheduled_sampling: SampledConfig = field(SampledConfig(), 'own codes in the training input')
+    history: HistoryConfig = field(HistoryConfig(), 'windows without a past in the training input')
+    embeddings_from: str|None = field(None, "the codec whose vectors the embeddings of a new model begin as: bundled, encodec or a folder; null is random")
     compile: bool = field(False, 'compile the model, if that turns out to be faster')
     max_steps: int|None = field(None, 'stop after so many steps', ge=1)
     val_interval: int|None = field(None, 'steps from validation to validation; null is once an epoch', ge=1)

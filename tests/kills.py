@@ -378,7 +378,7 @@ VARIANTS = dict(                                                 # 24 steps of t
 
 
 def config_file(data, out, name='config', model={}, **training):
-    "A config of a tiny model; dropout, moving average and scheduled sampling are on unless `plain`. Gives the words behind the command"
+    "A config of a tiny model; dropout, moving average, scheduled sampling and windows without a past are on unless `plain`. Gives the words behind the command"
     import yaml
     data, path = Path(data), Path(out).parent/f'{Path(out).name}-{name}.yaml'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -387,7 +387,7 @@ def config_file(data, out, name='config', model={}, **training):
     run = dict(num_epochs=3, batch_size=4, gradient_accumulation_steps=2, output_dir=str(out), log_interval=1, save_interval=1, val_interval=5,
                num_workers=0, use_pbar=False, optimizer=dict(lr=3e-3), scheduler=dict(warmup_steps=6), precision='fp32')
     if training.pop('plain', False): run |= dict(ema_decay=0.)
-    else: run |= dict(ema_decay=.9, scheduled_sampling=dict(share=.6, start=2, ramp=6))
+    else: run |= dict(ema_decay=.9, scheduled_sampling=dict(share=.6, start=2, ramp=6), history=dict(first=.6, last=.2, hold=2, ramp=6, stretches=.3))
     path.write_text(yaml.safe_dump(dict(data=dict(train_path=str(data/'train.safetensors'), val_path=str(data/'val.safetensors')), model=tiny | model,
                                         training=run | training)))
     return ['--config', path]

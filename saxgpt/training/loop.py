@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
+from ..codec import load_codec
 from ..config import RunConfig, parse, to_dict, weights_dir
 from ..data.dataset import CodesDataset, DatasetError, ResumableSampler, make_loader
 from ..files import Said, append_jsonl, locked, reason, replace_dir, say, sweep, write_tensors
@@ -25,6 +26,7 @@ from ..remote import RemoteError, is_remote, put
 from .budget import compile_gain, memory_gb, peak_flops, window_flops
 from .checkpoint import CheckpointError, link_checkpoint, load_trainer_state, load_weights, save_checkpoint, verify
 from .dist import World, barrier, broadcast, gather, joined, no_sync, shares, total, wrap
+from .listening import embed_vectors, forget_past, missed_at
 from .mirror import Mirror, fetch_checkpoint
 from .optim import Average, Schedule, make_optimizer
 from .sampling import own_codes, share_at
@@ -173,6 +175,8 @@ def learn(self:Trainer,
     heard, share = b['lead'], share_at(self.cfg.training.scheduled_sampling, self.step)
     if share:
         with self.autocast(): heard = own_codes(self.model, b['backing'], heard, b['valid'], share, padded)
+    missed = missed_at(past := self.cfg.training.history, self.step)
+    if missed or past.stretches: heard = forget_past(heard, self.cfg.model.padding_idx, missed, past.stretches)
     with no_sync(self.net, not last):
         with self.autocast(): _, each = next_step_loss(self.net(b['backing'], heard, padded), b['lead'], b['valid'])
         each = each * b['weights']
@@ -318,6 +322,7 @@ def log_train(self:Trainer)->float: # mean loss
         seq_len, K = self.loader.dataset.seq_len, self.cfg.model.num_codebooks
         values['mfu'] = round(self.frames/seq_len/seconds*window_flops(self.cfg.model, seq_len + K)/(peak*self.world.size), 4)
     if share := share_at(t.scheduled_sampling, self.step - 1): values['sampled'] = round(share, 4)
+    if share := missed_at(t.history, self.step - 1): values['no_past'] = round(share, 4)
     self.log('train', **values)
     self.sums.zero_()
     self.since, self.frames, self.skipped, self.waited, self.logged_at = 0, 0, 0, 0., self.clock()
@@ -503,6 +508,9 @@ def find(self:Trainer)->dict: # what to load; None if there is nothing
         state = usable(folder, load_trainer_state, folder) if (folder/'trainer.json').exists() else None
         self.say(f'going on from {folder}, step {about["step"]}' if state else f'a new run, from the weights in {folder}')
         return dict(weights={k: v.cpu() for k,v in self.model.state_dict().items()}, state=state, folder=str(folder))
+    if not (name := self.cfg.training.embeddings_from): return
+    embed_vectors(self.model, load_codec(name), self.loader.dataset)
+    return dict(weights={k: v.cpu() for k,v in self.model.state_dict().items()}, state=None, folder='')
 
 @patch
 def resume(self:Trainer)->bool: # whether there was a run to go on with
