@@ -18,7 +18,8 @@ commands = dict(
     train='train a model, resuming by itself',
     monitor='watch a training run',
     vertex='train on rented machines of Vertex AI',
-    evaluate='say how well a checkpoint predicts, and whether it listens')
+    evaluate='say how well a checkpoint predicts, and whether it listens',
+    sweep='find out how bold it should play')
 
 # %% ../nbs/15_cli.ipynb #e280e6d1
 def usage()->str:

@@ -20,6 +20,7 @@ from torch import nn
 
 from .config import weights_dir
 from .files import atomic_dir, content_hash, read_tensors, write_tensors
+from .spectra import Spectra, load_spectra
 
 # %% ../nbs/04a_codec.ipynb #65269953
 class CodecError(ValueError):
@@ -41,6 +42,8 @@ class Codec(nn.Module):
     def device(self)->torch.device: return next(iter(self.state_dict().values())).device
     @property
     def vectors(self)->torch.Tensor: raise NotImplementedError         # what the codes stand for: (K,cardinality,D), summed over K
+    @property
+    def voice(self)->str: return self.hash                              # of all that decoding depends on
 
 # %% ../nbs/04a_codec.ipynb #24455148
 def check_wav(
@@ -254,6 +257,7 @@ class MelCodec(Codec):
         settings:MelSettings=MelSettings(), # the analysis
         card:dict=None, # how the books were made
         chunk_len_s:float=CHUNK, # s of sound to analyse at a time; changes memory, not codes
+        spectra:Spectra=None, # what makes spectra of bands, when decoding; the update rule when absent
     ):
         super().__init__()
         if books.shape[0] != 4 or books.shape[2] != 2*settings.n_mels: raise CodecError(
@@ -264,9 +268,12 @@ class MelCodec(Codec):
         self.register_buffer('bands', mel_bands(settings))
         self.register_buffer('inverse', torch.linalg.pinv(self.bands).float())
         self.hash = content_hash(asdict(settings), self.books.half().numpy().tobytes())
+        self.spectra = spectra
 
     @property
     def vectors(self): return self.books # (K,E,2M)
+    @property
+    def voice(self): return content_hash(self.hash, *(v.cpu().numpy().tobytes() for v in self.spectra.half_state().values())) if self.spectra else self.hash
 
     def encode_item(self, x): # (N,) -> (K,T)
         around, codes = -(-self.settings.n_fft//(2*self.hop)), []      # frames to either side that a window reaches into
@@ -277,8 +284,10 @@ class MelCodec(Codec):
         return torch.cat(codes, 1)
 
     def frames_to_sound(self, f): # (T,2M) -> (T*640,)
-        mel = (torch.exp(f.float().reshape(-1, self.settings.n_mels).T) - self.settings.floor).clamp(min=0)
-        return griffin_lim(linear_spectra(mel, self.bands.float(), self.inverse), self.window.float())
+        mel = f.float().reshape(-1, self.settings.n_mels)
+        if self.spectra: y = self.spectra(mel[None])[0]
+        else: y = linear_spectra((mel.T.exp() - self.settings.floor).clamp(min=0), self.bands.float(), self.inverse)
+        return griffin_lim(y, self.window.float())
 
     def decode_item(self, codes): # (K,T) -> (T*640,)
         return self.frames_to_sound(dequantize(codes, self.books))
@@ -302,8 +311,9 @@ def save(self:MelCodec,
     "Write `codec.safetensors` and `codec.json`."
     check_target(folder)
     with atomic_dir(folder) as d:
-        write_tensors(d/'codec.safetensors', dict(books=self.books.half()))
-        told = dict(codec=self.name, hash=self.hash, settings=asdict(self.settings), card=self.card)
+        net = self.spectra.half_state() if self.spectra else {}
+        write_tensors(d/'codec.safetensors', dict(books=self.books.half()) | {f'spectra.{k}': v for k, v in net.items()})
+        told = dict(codec=self.name, hash=self.hash, voice=self.voice, settings=asdict(self.settings), card=self.card)
         (d/'codec.json').write_text(json.dumps(told, indent=1) + '\n')
 
 # %% ../nbs/04a_codec.ipynb #26e5a6ff
@@ -316,10 +326,15 @@ def load(cls:MelCodec,
     folder = Path(folder)
     try: told = json.loads((folder/'codec.json').read_text())
     except (OSError, ValueError, RecursionError): raise CodecError(f'{folder}: holds no codec (codec.json is absent or damaged)') from None
-    try: codec = cls(read_tensors(folder/'codec.safetensors')[0]['books'], MelSettings(**told['settings']), told.get('card'), chunk_len_s)
+    try:
+        tensors = read_tensors(folder/'codec.safetensors')[0]
+        codec = cls(tensors.pop('books'), MelSettings(**told['settings']), told.get('card'), chunk_len_s)
+        net = {k.removeprefix('spectra.'): v for k, v in tensors.items()}
+        if net: codec.spectra = load_spectra(net, codec.bands, codec.settings.floor)
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as e:
         raise CodecError(f'{folder}: the codec is damaged; fetch or fit it again ({(str(e) or type(e).__name__).splitlines()[0]})') from None
-    if codec.hash != told.get('hash'): raise CodecError(f'{folder}: the codec is damaged: its books do not fit its codec.json; fetch or fit it again')
+    for k, of in dict(hash='books', voice='spectra').items():
+        if getattr(codec, k) != told.get(k, codec.hash): raise CodecError(f'{folder}: the codec is damaged: its {of} do not fit its codec.json; fetch or fit it again')
     return codec
 
 # %% ../nbs/04a_codec.ipynb #4e88e333

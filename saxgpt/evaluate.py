@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['QUICK', 'GRID', 'VERSION', 'GROUP', 'Plan', 'make_plan', 'plain', 'Store', 'by_turns', 'spread', 'TestSet',
            'start_of', 'truth_at', 'recording_files', 'recorded', 'predict', 'check_cache', 'halved', 'groups', 'play',
-           'Judge', 'stat', 'prediction', 'checks', 'sampling_row', 'sampling', 'fit_rows', 'sounds_of', 'frechet',
-           'adhere', 'measure', 'differences', 'clean', 'evaluate', 'examples', 'summary', 'main']
+           'Judge', 'stat', 'prediction', 'checks', 'sampling_row', 'sampling', 'fit_rows', 'spoilt_rows', 'sounds_of',
+           'frechet', 'adhere', 'measure', 'differences', 'clean', 'evaluate', 'examples', 'summary', 'main']
 
 # %% ../nbs/09_evaluation.ipynb #2f8ce5cd
 import copy, json, math, time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from traceback import clear_frames
 
@@ -26,14 +26,14 @@ from .config import ConfigError, DataConfig, RunConfig, command, device_name, lo
 from .data.dataset import CodesDataset
 from .fad import EMBEDDERS, FadError, adherence, embed, exchange, fad
 from .files import content_hash, file_hash, is_name, locked, printable, read_jsonl, sweep, write_text
-from .fit import FIT, describe_backing, describe_solo, fit_scores, moved, partner, three_ways
+from .fit import FIT, SPOILT, describe_backing, describe_solo, fit_scores, moved, partner, spoil, three_ways
 from .generate import read_truth
 from .metrics import bootstrap, codebook_accuracy, consistency, first_divergence, kl_divergence, sequence_accuracy, vocabulary
 from .model.decoding import Window, generate_codes, lean
 from .model.transformer import SaxGPT, next_step_loss
 from .patterns import delay
 from .report import notes, report
-from .sampling import Sampler, check_settings
+from .sampling import PLAYED, Sampler, check_settings, chosen_guidance
 from .training.checkpoint import load_model
 
 # %% ../nbs/09_evaluation.ipynb #990cf129
@@ -66,7 +66,7 @@ def make_plan(
     if not 0 <= p.seed < 2**31: raise ValueError(f'--seed: given {p.seed}; it must be 0 or more, and below 2**31')
     for e in p.embedders:
         if e not in EMBEDDERS: raise ValueError(f'--embedders: given {e}; there are {", ".join(EMBEDDERS)}')
-    check_settings(**p.solo)
+    check_settings(**{k: v for k, v in p.solo.items() if v is not None})
     return p
 
 # %% ../nbs/09_evaluation.ipynb #18d88cda
@@ -144,8 +144,10 @@ def spread(
     "Windows from as many recordings as there are, each with one of another recording among them."
     order = np.random.default_rng(seed).permutation(len(recordings))
     picked = [int(i) for i in order[by_turns([recordings[i] for i in order])][:n]]
-    if len({recordings[i] for i in picked}) < 2: raise ValueError(f'the test set holds {len(set(recordings))} recording; at least two are needed, to exchange their solos')
-    def other(k): return next(j for s in range(1, len(picked)) for j in [picked[(k + s) % len(picked)]] if recordings[j] != recordings[picked[k]])
+    if len({recordings[i] for i in picked}) < 2: raise ValueError(
+        f'the test set holds {len(set(recordings))} recording; at least two are needed, to exchange their solos')
+    def other(k): return next(j for s in range(1, len(picked)) for j in [picked[(k + s) % len(picked)]]
+                              if recordings[j] != recordings[picked[k]])
     return picked, [other(k) for k in range(len(picked))]
 
 # %% ../nbs/09_evaluation.ipynb #134c12f5
@@ -163,7 +165,8 @@ class TestSet:
         whole = CodesDataset(path)
         longest = (longest or cfg.model.max_seq_len) - 1 - cfg.model.num_codebooks
         wanted = round(seconds*50) if seconds else whole.seq_len
-        self.dataset, self.limited_by = CodesDataset(path, min(wanted, whole.seq_len, longest)), 'the model' if longest < min(wanted, whole.seq_len) else None
+        self.dataset = CodesDataset(path, min(wanted, whole.seq_len, longest))
+        self.limited_by = 'the model' if longest < min(wanted, whole.seq_len) else None
         self.hash, root = file_hash(self.dataset.path), self.dataset.path.parent.parent
         p = load_config(DataConfig, cfg.data.made_by).data_paths if cfg.data.made_by else None
         self.downloads, self.clips = (Path(p.dl_dir), Path(p.clips_dir)) if p else (root/'1_download', root/'4_clips')
@@ -260,7 +263,8 @@ def check_cache(
     tie:float=1e-4, # logits closer than this are equal
 )->dict: # consistency (share), first_divergence (step or None), tolerance: largest difference of logits; steps, choices
     "Cached decoding against a single pass over the same codes."
-    (B, K, T), device, kept, s = backing.shape, model.null.device, [], dict(temperature=1., top_k=250, top_p=0., guidance=1.) | (settings or {})
+    (B, K, T), device, kept = backing.shape, model.null.device, []
+    s = dict(temperature=1., top_k=250, top_p=0., guidance=1.) | (settings or {})
     draw, weight = Sampler(s['temperature'], s['top_k'], s['top_p'], K), s['guidance']
     b, g = torch.from_numpy(backing).to(device), [torch.Generator(device).manual_seed(i) for i in range(B)]
     def sampler(logits): kept.append(logits.float().clone()); return draw(logits, g)
@@ -275,7 +279,8 @@ def check_cache(
     same = full.gather(-1, mine[..., None])[..., 0] >= full.amax(-1) - tie
     a, c, v = (x.transpose(0, 1).cpu().numpy() for x in (theirs, torch.where(same, theirs, mine), valid))     # (K,B,S-1)
     first = [first_divergence(a[:, i], c[:, i], v[:, i]) for i in range(B)]
-    return dict(consistency=consistency(*(x.reshape(K, -1) for x in (a, c, v))), first_divergence=min((f for f in first if f is not None), default=None),
+    return dict(consistency=consistency(*(x.reshape(K, -1) for x in (a, c, v))),
+                first_divergence=min((f for f in first if f is not None), default=None),
                 tolerance=float((cached - full).abs().amax(-1)[valid].max()), steps=B*valid.shape[2], choices=int(v.sum()))
 
 def halved(
@@ -328,11 +333,12 @@ class Judge:
         self.truthful, self.original = all(t for t, _, _ in self.facts.values()), all(files.values())
         if not self.truthful: self.facts = {i: (None, *rest) for i, (_, *rest) in self.facts.items()}
         hashes = {f: file_hash(f) for fs in files.values() for f in fs or ()} if self.original else {}
-        self.source = {i: [*self.facts[i][:2], *(hashes[f] for f in (files[i] if hashes else ()))] for i in samples}   # what its sounds and scores rest on
+        # what the sounds and the scores of a window rest on
+        self.source = {i: [*self.facts[i][:2], *(hashes[f] for f in (files[i] if hashes else ()))] for i in samples}
 
     def decoded(self, codes): # (K,L) -> (1,N)
         make = lambda: self.codec.decode(torch.from_numpy(np.asarray(codes, np.int64))[None].to(self.codec.device))[0].cpu().numpy()
-        return self.store.sound([self.codec.hash, codes], make)
+        return self.store.sound([self.codec.voice, codes], make)
 
     def real(self, i): return self.decoded(self.tests.codes(i)[1])
     def backing(self, i): return recorded(self.tests, i, 1) if self.original else self.decoded(self.tests.codes(i)[0])
@@ -350,14 +356,16 @@ class Judge:
         j, up = partner(truths, k, same_key=True) or (None, 0)
         return None if j is None else moved(self.backing_of(self.samples[j]), up)
 
-    def scores(self, k, kind, codes=None): # of sample k: 'real', 'shuffled', 'same_key' or the codes of a solo
+    def scores(self, k, kind, codes=None): # of sample k: 'real', 'shuffled', 'same_key', one of `SPOILT` or the codes of a solo
         i, b = self.samples[k], None
         def work():
             nonlocal b
             b = self.same_key(k) if kind == 'same_key' else self.backing_of(i)
-            solo = describe_solo(self.decoded(codes)) if codes is not None else self.solo_of(self.partners[k] if kind == 'shuffled' else i)
+            if codes is not None: solo = describe_solo(self.decoded(codes))
+            elif kind in SPOILT: solo = spoil(self.real(i), kind, self.solo_of(i), seed=i)
+            else: solo = self.solo_of(self.partners[k] if kind == 'shuffled' else i)
             return fit_scores(solo, b, reference=None if kind == 'same_key' else self.solo_of(i)) if b else None
-        made_by = [self.tests.hash, self.tests.dataset.seq_len, self.codec.hash, kind, i, self.partners[k], self.source[i], codes,
+        made_by = [self.tests.hash, self.tests.dataset.seq_len, self.codec.voice, kind, i, self.partners[k], self.source[i], codes,
                    self.sources if kind == 'same_key' else None]
         return self.store('fit', made_by, work)
 
@@ -400,10 +408,12 @@ def prediction(
     predicted = np.average([p['probabilities'] for p in parts], axis=0, weights=[len(g) for g in few])
     ce = {k: told(each[k]) for k in ('true', 'shuffled', 'null')}
     if not model.cfg.condition_dropout: ce['null'] = gaps['gap_null'] = None                # a memory that was never learnt
-    out = dict(windows=len(pairs), cross_entropy=ce, perplexity=math.exp(ce['true']['mean']), perplexity_per_codebook=np.exp(ce['true']['per_codebook']),
+    out = dict(windows=len(pairs), cross_entropy=ce, perplexity=math.exp(ce['true']['mean']),
+               perplexity_per_codebook=np.exp(ce['true']['per_codebook']),
                uniform=math.log(predicted.shape[1]), accuracy=told(each['accuracy']), accuracy_repeating=told(each['repeat']), **gaps,
                kl_target_predicted=kl_divergence(target, predicted))
-    return out, {k: v.mean(1) for k, v in dict(cross_entropy=each['true'], accuracy=each['accuracy'], gap_shuffled=each['shuffled'] - each['true']).items()}
+    return out, {k: v.mean(1) for k, v in dict(cross_entropy=each['true'], accuracy=each['accuracy'],
+                                               gap_shuffled=each['shuffled'] - each['true']).items()}
 
 def checks(
     store:Store, # keeps what is done
@@ -418,10 +428,12 @@ def checks(
     settings = plan.solo | dict(temperature=plan.solo['temperature'] or 1.)                # always the likeliest code hides too much
     def at(kind, make):
         pairs = groups(windows, lambda i: tests.place(i)[2], 2)
-        got = [store('cache', [*made_by, tests.dataset.seq_len, g, settings, kind], lambda: check_cache(make(), np.stack([tests.codes(i)[0] for i in g]), settings))
+        got = [store('cache', [*made_by, tests.dataset.seq_len, g, settings, kind],
+                     lambda: check_cache(make(), np.stack([tests.codes(i)[0] for i in g]), settings))
                for g in progress(pairs)]
         first = [g['first_divergence'] for g in got if g['first_divergence'] is not None]
-        return dict(consistency=np.average([g['consistency'] for g in got], weights=[g['choices'] for g in got]), first_divergence=min(first, default=None),
+        return dict(consistency=np.average([g['consistency'] for g in got], weights=[g['choices'] for g in got]),
+                    first_divergence=min(first, default=None),
                     tolerance=max(g['tolerance'] for g in got), steps=sum(g['steps'] for g in got), choices=sum(g['choices'] for g in got))
     half = halved(model)
     return {'float32': at('float32', lambda: model), half[1]: at(half[1], lambda: half[0])}
@@ -438,9 +450,10 @@ def sampling_row(
 )->dict: # n, accuracy, frames, exact, coverage, entropy_bits, kl_target_played
     "Codes of solos against those of real ones."
     acc, v = [sequence_accuracy(t[:, :c.shape[1]], c[:, :t.shape[1]]) for t, c in zip(leads, codes)], vocabulary(codes)
-    return dict(name=name, settings=settings, n=len(codes), accuracy=stat([a['token'] for a in acc], draws, groups), frames=np.mean([a['frame'] for a in acc]),
-                exact=np.mean([a['exact'] for a in acc]), accuracy_per_codebook=np.mean([a['per_codebook'] for a in acc], 0), coverage=v['coverage'],
-                entropy_bits=v['entropy_bits'], kl_target_played=kl_divergence(np.concatenate(leads, 1), np.concatenate(codes, 1)) if kl else None)
+    away = kl_divergence(np.concatenate(leads, 1), np.concatenate(codes, 1)) if kl else None
+    return dict(name=name, settings=settings, n=len(codes), accuracy=stat([a['token'] for a in acc], draws, groups),
+                frames=np.mean([a['frame'] for a in acc]), exact=np.mean([a['exact'] for a in acc]),
+                accuracy_per_codebook=np.mean([a['per_codebook'] for a in acc], 0), kl_target_played=away, **v)
 
 def sampling(
     store:Store, # keeps what is done
@@ -456,7 +469,8 @@ def sampling(
     rest = tests.elsewhere(samples)
     leads, others = ([tests.codes(i)[1] for i in w] for w in (samples, rest or partners))
     recordings = [tests.recording(i) for i in samples]
-    def row(name, codes, settings=None, kl=True): return sampling_row(name, leads[:len(codes)], codes, recordings[:len(codes)], settings, plan.draws, kl)
+    def row(name, codes, settings=None, kl=True):
+        return sampling_row(name, leads[:len(codes)], codes, recordings[:len(codes)], settings, plan.draws, kl)
     def company(n): return [row('real', leads[:n]), row('other real solos' if rest else "another tune's", others[:n], kl=bool(rest))]
     judged, few = play(store, model, made_by, tests, samples, plan.seed, plan.solo, progress), samples[:plan.each]
     rows = [*company(len(samples)), row('played', judged, plan.solo), *company(len(few))]
@@ -477,8 +491,23 @@ def fit_rows(
     "The fit metrics of played solos beside those of real and shuffled ones."
     series = shared | dict(model=[judge.scores(k, 'model', judged[k]) for k in progress(range(len(judged)))])
     rec = [judge.tests.recording(i) for i in judge.samples]
-    rows = {m: {s: stat([r and r[m] for r in v], plan.draws, rec, FIT.get(m, {}).get('binary', False)) for s, v in series.items()} for m in series['model'][0]}
+    rows = {m: {s: stat([r and r[m] for r in v], plan.draws, rec, FIT.get(m, {}).get('binary', False)) for s, v in series.items()}
+            for m in series['model'][0]}
     return rows, {m: [r[m] for r in series['model']] for m in rows}
+
+def spoilt_rows(
+    judge:Judge,
+    plan:Plan,
+    shared:dict, # scores of the real solos
+    progress=lambda x: x, # such as tqdm
+)->dict: # metric -> series -> mean, low, high
+    "The fit metrics of a few real solos, spoilt in known ways."
+    few = range(min(plan.each, len(judge.samples)))
+    series = {k: shared[k][:len(few)] for k in ('real', 'shuffled')}
+    for k in progress(few):
+        for how in SPOILT: series.setdefault(how, []).append(judge.scores(k, how))
+    rec = [judge.tests.recording(judge.samples[k]) for k in few]
+    return {m: {s: stat([r[m] for r in v], plan.draws, rec, f.get('binary', False)) for s, v in series.items()} for m, f in FIT.items()}
 
 # %% ../nbs/09_evaluation.ipynb #9a4d21cd
 def sounds_of(
@@ -521,10 +550,11 @@ def adhere(
         solos = dict(real=real, partner=[real[k] for k in first], model=[judge.decoded(c) for c in judged])
         if second is not None: solos['shuffled'] = [real[k] for k in second]
         back = [judge.backing(i) for i in judge.samples]
-        points = {k: embed([mix(x, b) for b, x in zip(back, v)], cache=cache) for k, v in solos.items()} | dict(silence=embed(back, cache=cache))
+        points = {k: embed([mix(x, b) for b, x in zip(back, v)], cache=cache) for k, v in solos.items()}
+        points['silence'] = embed(back, cache=cache)
         got = adherence(points, side, plan.seed)
         return {k: got.get(k) or stat([]) for k in ('real', 'shuffled', 'model', 'silence')}
-    return judge.store('apa', [judge.tests.hash, judge.tests.dataset.seq_len, judge.sources, judged, plan.seed], work)
+    return judge.store('apa', [judge.codec.voice, judge.tests.hash, judge.tests.dataset.seq_len, judge.sources, judged, plan.seed], work)
 
 # %% ../nbs/09_evaluation.ipynb #0b732f18
 def measure(
@@ -547,7 +577,8 @@ def measure(
     for c in progress('decode')(judged): judge.decoded(c)
     fitted, more = fit_rows(judge, plan, judged, shared, progress('fit'))
     far = frechet(judge, plan, judged, cache, progress('sound'))
-    numbers = dict(checkpoint=str(checkpoint), step=info.get('step'), weights=made_by[0], parameters=sum(p.numel() for p in model.parameters()),
+    numbers = dict(checkpoint=str(checkpoint), step=info.get('step'), weights=made_by[0],
+                   parameters=sum(p.numel() for p in model.parameters()),
                    prediction=predicted, cache=cache_checks, sampling=rows, fit=fitted, apa=adhere(judge, plan, judged, cache), fad=far)
     return numbers, each | more, judged
 
@@ -571,6 +602,7 @@ def clean(
     if isinstance(v, list): return [clean(x) for x in v]
     return None if isinstance(v, float) and not math.isfinite(v) else v
 
+# %% ../nbs/09_evaluation.ipynb #e8df32da
 def evaluate(
     cfg:RunConfig, # names the test set
     checkpoint='bundled', # folder, or 'bundled'
@@ -586,6 +618,8 @@ def evaluate(
     with locked(out):
         for d in (out/'items').glob('*/'): sweep(d)
         infos = {c: load_model(c, 'cpu')[1] for c in (checkpoint, against) if c}
+        guidance = chosen_guidance(plan.solo['guidance'], *(info['config']['model']['condition_dropout'] for info in infos.values()))
+        plan = replace(plan, solo=plan.solo | dict(guidance=guidance))
         limits = {c: info['config']['model']['max_seq_len'] for c, info in infos.items()}
         tests, store = TestSet(cfg, plan.seconds, min(limits.values())), Store(out/'items')
         if tests.limited_by: tests.limited_by = str(min(limits, key=limits.get))
@@ -594,10 +628,14 @@ def evaluate(
         judge = Judge(store, tests, load_codec(infos[checkpoint]['codec_name'], device), samples, partners)
         kinds = ('real', 'shuffled', 'same_key') if judge.truthful else ('real', 'shuffled')
         shared = {kind: [judge.scores(k, kind) for k in progress(f'fit, {kind}'.replace('_', ' '))(range(len(samples)))] for kind in kinds}
-        models, values, played = zip(*[measure(c, judge, plan, shared, device, out/'items/points', progress) for c in (checkpoint, against) if c])
-        def of(metric): return [tests.recording(i) for i in (samples if metric in models[0]['fit'] else tests.choose(plan.windows, plan.seed)[0])]
+        spoilt = spoilt_rows(judge, plan, shared, progress('fit, spoilt'))
+        models, values, played = zip(*[measure(c, judge, plan, shared, device, out/'items/points', progress) for c in (checkpoint, against)
+                                       if c])
+        def of(metric): return [tests.recording(i) for i in (samples if metric in models[0]['fit']
+            else tests.choose(plan.windows, plan.seed)[0])]
         results = dict(saxgpt=__version__, plan=asdict(plan) | dict(samples=len(samples)), dataset=_dataset(judge), models=models,
-                       difference=differences(*values, plan.draws, of) if against else None, samples=_samples(judge, shared, values))
+                       difference=differences(*values, plan.draws, of) if against else None, spoilt=spoilt,
+                       samples=_samples(judge, shared, values))
         results = clean(plain(results))
         write_text(out/'results.json', json.dumps(results, indent=1, allow_nan=False) + '\n')
         write_text(out/'timing.json', json.dumps({k: round(v, 2) for k, v in store.seconds.items()}, indent=1) + '\n')
@@ -606,14 +644,17 @@ def evaluate(
 
 def _dataset(judge):
     d = judge.tests.dataset
-    return dict(file=d.path.name, split=judge.tests.split, sha256=judge.tests.hash, codec=judge.codec.name, recordings=len(set(judge.tests.recordings)), windows=len(judge.tests.usable),
+    return dict(file=d.path.name, split=judge.tests.split, sha256=judge.tests.hash, codec=judge.codec.name,
+                recordings=len(set(judge.tests.recordings)), windows=len(judge.tests.usable),
                 seconds=d.seq_len/50, truth='known' if judge.truthful else 'estimated',
                 sounds='recorded' if judge.original else 'decoded from the codes', limited_by=judge.tests.limited_by)
 
 def _samples(judge, shared, values): # what each sample got
     keys = list(FIT)
-    return [dict(window=i, partner=judge.partners[k], recording=judge.tests.place(i)[0]['recording'], title=judge.facts[i][2], start=judge.facts[i][1],
-                 real={m: shared['real'][k][m] for m in keys}, **{name: {m: v[m][k] for m in keys} for name, v in zip(('model', 'against'), values)})
+    return [dict(window=i, partner=judge.partners[k], recording=judge.tests.place(i)[0]['recording'], title=judge.facts[i][2],
+                 start=judge.facts[i][1],
+                 real={m: shared['real'][k][m] for m in keys},
+                 **{name: {m: v[m][k] for m in keys} for name, v in zip(('model', 'against'), values)})
             for k, i in enumerate(judge.samples)]
 
 # %% ../nbs/09_evaluation.ipynb #04f8b11a
@@ -625,8 +666,10 @@ def examples(
     "Sounds for the players."
     out = []
     for k, i in enumerate(judge.samples[:plan.shown]):
-        back, solos = judge.backing(i), {f'{who} solo': judge.decoded(codes[k]) for who, codes in zip(('generated', 'generated, against'), played)}
-        sounds = {'backing': back, 'real solo (through the codec)': judge.real(i)} | solos | {f'mix, {n}': mix(x, back) for n, x in solos.items()}
+        back, solos = judge.backing(i), {f'{who} solo': judge.decoded(codes[k]) for who,
+                                         codes in zip(('generated', 'generated, against'), played)}
+        sounds = {'backing': back, 'real solo (through the codec)': judge.real(i)} | solos | {f'mix, {n}': mix(x, back) for n,
+            x in solos.items()}
         out.append(dict(title=judge.facts[i][2], start=judge.facts[i][1], sounds=sounds | {'mix, real solo': mix(judge.real(i), back)}))
     return out
 
@@ -638,10 +681,12 @@ def summary(
     out = [f'note: {n}' for n in notes(results)]
     for m in results['models']:
         p, f, c, g = m['prediction'], m['fit'], m['cache']['float32'], m['prediction']['gap_shuffled']
-        out += [f'{m["checkpoint"]}: {p["cross_entropy"]["true"]["mean"]:.3f} nats a code, perplexity {p["perplexity"]:.1f}, gap to another backing {_said(g)}',
+        out += [f'{m["checkpoint"]}: {p["cross_entropy"]["true"]["mean"]:.3f} nats a code, perplexity {p["perplexity"]:.1f}, gap to '
+                f'another backing {_said(g)}',
                 f'cached against teacher-forced: {100*c["consistency"]:.4g} % of {c["choices"]} choices equal'
                 + ('' if c['first_divergence'] is None else f', first divergence at {c["first_divergence"]}')]
-        out += [f'{FIT[k]["name"]:22}' + '   '.join(f'{s.replace("_", " ")} {_said(dict(mean=f[k][s]["mean"]), 2)}' for s in ('real', 'shuffled', 'model')) for k in FIT]
+        out += [f'{FIT[k]["name"]:22}' + '   '.join(f'{s.replace("_", " ")} {_said(dict(mean=f[k][s]["mean"]), 2)}'
+                                                    for s in ('real', 'shuffled', 'model')) for k in FIT]
         out += [f'FAD ({k})'.ljust(22) + (v['error'] if 'error' in v else f'{_said(v, 1)}, bias-free {_free(v)}, {v["n"]} solos'
                 + (f'; real against real {_free(v["real_real"])}' if v['real_real'] else '')) for k, v in m['fad'].items()]
     return '\n'.join(out)
@@ -668,14 +713,15 @@ def main(
     seconds:float=None, # length of a window; the dataset's when absent, at most what the checkpoints can read at once
     seed:int=0, # of the choice of windows and of the solos
     embedders:str=None, # of the Fréchet distance, with commas: codec, vggish, pann, clap, encodec
-    temperature:float=1., # of the judged solos
-    top_k:int=250, # of the judged solos
-    top_p:float=0., # of the judged solos
-    guidance:float=1., # of the judged solos
+    temperature:float=PLAYED['temperature'], # of the judged solos, as the next two
+    top_k:int=PLAYED['top_k'], # codes to choose from
+    top_p:float=PLAYED['top_p'], # share of the probability to choose from
+    guidance:float=None, # of the judged solos; as `saxgpt generate` plays when absent
 ):
     "Say with numbers and sounds how good a checkpoint is: does it predict, does it sound, does it fit?"
-    solo = dict(temperature=float(temperature), top_k=int(top_k), top_p=float(top_p), guidance=float(guidance))
-    plan = make_plan(quick, windows=windows, samples=fad_samples, seconds=seconds, seed=seed, solo=solo, embedders=tuple(embedders.split(',')) if embedders else None)
+    solo = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+    plan = make_plan(quick, windows=windows, samples=fad_samples, seconds=seconds, seed=seed, solo=solo,
+                     embedders=tuple(embedders.split(',')) if embedders else None)
     cfg = load_config(RunConfig, config, overrides or ())
     try: results = evaluate(cfg, checkpoint, output_dir, plan, 'cuda' if cuda else 'cpu', against)
     except KeyboardInterrupt as e:

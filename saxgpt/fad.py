@@ -80,7 +80,8 @@ def library_points(
     env = os.environ | (dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1') if offline else {})
     env['PYTHONPATH'] = os.pathsep.join(p for p in sys.path if p)
     with tempfile.TemporaryDirectory() as d:
-        write_tensors(Path(d)/'sounds.safetensors', {f'{i:06}': resample(x, SAMPLE_RATE, EMBEDDERS[embedder][0])[0] for i, x in enumerate(sounds)})
+        write_tensors(Path(d)/'sounds.safetensors', {f'{i:06}': resample(x, SAMPLE_RATE, EMBEDDERS[embedder][0])[0] for i,
+                                                     x in enumerate(sounds)})
         code = 'import sys; from saxgpt.fad import work; work(*sys.argv[1:])'
         try: r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, d, embedder, str(weights or '')], env=env, text=True,
                                 stdin=subprocess.DEVNULL, capture_output=True, timeout=patience)
@@ -105,7 +106,8 @@ def embed(
     for i, f in enumerate(files):
         if f and f.is_file(): out[i] = read_tensors(f, 'np')[0]['points']
     left = [i for i in range(len(sounds)) if i not in out]
-    new = [latents(codec, sounds[i]) for i in left] if codec else library_points([sounds[i] for i in left], embedder, weights) if left else []
+    new = [latents(codec, sounds[i]) for i in left] if codec else library_points([sounds[i] for i in left], embedder,
+        weights) if left else []
     for i, p in zip(left, new):
         out[i] = p
         if files[i]: write_tensors(files[i], dict(points=p))
@@ -174,7 +176,8 @@ def fad(
     def seconds(sounds): return round(sum(x.shape[1] for x in sounds)/SAMPLE_RATE, 2)
     floor = compare(X, O, seed) if O else split_halves(X, seed)
     return compare(X, Y, seed) | dict(n_real=len(X), seconds=seconds(generated), seconds_real=seconds(real),
-        points=sum(map(len, Y)), dimensions=X[0].shape[1], embedder=embedder, reference_hash=content_hash(*(np.asarray(x, np.float32).tobytes() for x in real)),
+        points=sum(map(len, Y)), dimensions=X[0].shape[1], embedder=embedder,
+        reference_hash=content_hash(*(np.asarray(x, np.float32).tobytes() for x in real)),
         real_real=floor and floor | dict(halves=not O), real_roundtrip=compare(X, Z, seed, paired=True) if Z else None,
         played_roundtrip=compare(Z, Y, seed) if Z else None)
 
@@ -213,6 +216,8 @@ def adherence(
     def scores(keep): apart, *d = far(keep); return np.array([apa_of(a, b, apart) for a, b in zip(d[::2], d[1::2])])
     every, n = far(np.arange(len(side))), len(side)
     value, near = scores(np.arange(n)), dict(zip(names, every[1::2]))
-    low, high = jackknife(scores, n, seed=seed, value=value) if min(np.bincount(side, minlength=2)) > 2 else np.full((2, len(names)), np.nan)
-    return {k: dict(mean=float(v), low=float(np.clip(l, 0, 1)), high=float(np.clip(h, 0, 1)), n=n, far=float(near[k]/near['partner']), outside=bool(near[k] > 1.5*near['partner']))
+    low, high = jackknife(scores, n, seed=seed, value=value) if min(np.bincount(side, minlength=2)) > 2 else np.full((2, len(names)),
+        np.nan)
+    return {k: dict(mean=float(v), low=float(np.clip(l, 0, 1)), high=float(np.clip(h, 0, 1)), n=n, far=float(near[k]/near['partner']),
+                    outside=bool(near[k] > 1.5*near['partner']))
             for k, v, l, h in zip(names, value, low, high) if k != 'partner'}
