@@ -16,12 +16,13 @@ import pytest
 import torch
 import yaml
 
-from saxgpt.config import DataConfig, load_config, to_dict
+from saxgpt.config import DataConfig, RunConfig, load_config, to_dict
 from saxgpt.demo import make_corpus
 from saxgpt.evaluate import stat
 from saxgpt.fad import FadError, fad, library_points
 from saxgpt.files import read_jsonl, read_tensors, write_jsonl
 from saxgpt.fit import FIT
+from saxgpt.sweep import sweep
 from saxgpt.training.checkpoint import give_away, load_model
 
 # What cannot be reached is not waited for: a proxy that refuses is as good as no network.
@@ -381,3 +382,23 @@ def test_a_library_that_cannot_fetch_says_so_in_a_line(tmp_path, monkeypatch):
     for k, v in offline.items(): monkeypatch.setenv(k, v)
     with pytest.raises(FadError) as e: library_points([np.zeros((1, 64000), 'f4')], 'pann', tmp_path)
     assert 'FAD with pann' in str(e.value) and '\n' not in str(e.value) and 'rror' in str(e.value)
+
+
+# settings of the sampling
+
+def test_sweep_plays_validation_tunes_once(data, tmp_path, monkeypatch):
+    "What stands in the config as the test set is not even looked at; settings that were played are not played again"
+    import saxgpt.evaluate
+    cfg = load_config(RunConfig, 'demo', [f'data.val_path={data}/sets/test.safetensors', f'data.test_path={tmp_path}/none.safetensors',
+                                          f'data.made_by={data}/data.yaml'])
+    played, real = [], saxgpt.evaluate.generate_codes
+    monkeypatch.setattr(saxgpt.evaluate, 'generate_codes', lambda *a, **kw: (played.append(kw), real(*a, **kw))[1])
+    bold, shy = (dict(temperature=t, top_k=250, top_p=0., guidance=g) for t, g in ((1., 2.), (.5, 1.)))
+    def swept(*grid): return sweep(cfg, 'bundled', tmp_path/'out', grid, n=2, seconds=4., progress=lambda x: x)
+    one = swept(bold)
+    assert played == [bold] and [r['name'] for r in one['rows']] == ['real', 'shuffled', 'played'] and one['windows'] == 2 and one['seconds'] == 4
+    two = swept(bold, shy)
+    assert played == [bold, shy] and two['rows'][:3] == one['rows'] and two['rows'][3]['temperature'] == .5
+    assert two['rows'][3]['voiced'] != two['rows'][2]['voiced'] and json.dumps(two, allow_nan=False)
+    r = run('saxgpt.sweep', '--config', 'demo', '--n', 1, ok=False)
+    assert r.returncode == 2 and r.stderr == 'saxgpt: --n: given 1; at least 2\n', r.stderr
