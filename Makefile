@@ -56,13 +56,14 @@ weights: env
 	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 300 --seed 1
 	$(V)/python -m saxgpt.training.codec --corpus $(DEMO)/corpus --out saxgpt/weights/mel-rvq
 	$(V)/python -m saxgpt.training.spectra --codec saxgpt/weights/mel-rvq --corpus $(DEMO)/corpus
-	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 700 --seed 1
 	$(V)/saxgpt pipeline --config demo
 	$(V)/saxgpt pipeline --config demo --only dataset data_paths.datasets_dir=$(DEMO)/7_short dataset.seq_len=500 dataset.stride=500
 	$(V)/saxgpt train --config demo data.train_path=$(DEMO)/7_short/train.safetensors data.val_path=$(DEMO)/7_short/val.safetensors \
 		training.output_dir=models/short training.max_steps=4000 training.scheduler.total_steps=7500
 	$(V)/python -m saxgpt.training.checkpoint models/short/checkpoints/last models/short/weights
-	$(V)/saxgpt train --config demo training.resume_from_checkpoint=models/short/weights training.max_steps=1700 training.batch_size=2 \
+	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 700 --seed 1
+	$(V)/saxgpt pipeline --config demo
+	$(V)/saxgpt train --config demo training.resume_from_checkpoint=models/short/weights training.max_steps=1000 training.batch_size=2 \
 		training.optimizer.lr=0.0012 training.scheduler.warmup_steps=50 training.val_interval=400 training.history.first=0.1
 	$(V)/python -m saxgpt.training.checkpoint models/demo/checkpoints/best saxgpt/weights/xsmall
 	$(V)/saxgpt sweep --config demo --checkpoint saxgpt/weights/xsmall --output-dir out/sweep && cp out/sweep/sweep.json saxgpt/weights/xsmall/
