@@ -333,8 +333,8 @@ def load(cls:MelCodec,
         if net: codec.spectra = load_spectra(net, codec.bands, codec.settings.floor)
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as e:
         raise CodecError(f'{folder}: the codec is damaged; fetch or fit it again ({(str(e) or type(e).__name__).splitlines()[0]})') from None
-    for k, of in dict(hash='books', voice='spectra').items():
-        if getattr(codec, k) != told.get(k, codec.hash): raise CodecError(f'{folder}: the codec is damaged: its {of} do not fit its codec.json; fetch or fit it again')
+    for k, of, said in (('hash', 'books', told.get('hash')), ('voice', 'spectra', told.get('voice', codec.hash))):
+        if getattr(codec, k) != said: raise CodecError(f'{folder}: the codec is damaged: its {of} do not fit its codec.json; fetch or fit it again')
     return codec
 
 # %% ../nbs/04a_codec.ipynb #4e88e333

@@ -33,7 +33,7 @@ from .model.decoding import Window, generate_codes, lean
 from .model.transformer import SaxGPT, next_step_loss
 from .patterns import delay
 from .report import notes, report
-from .sampling import PLAYED, Sampler, check_settings, chosen_guidance
+from .sampling import PLAYED, Sampler, check_settings, settled
 from .training.checkpoint import load_model
 
 # %% ../nbs/09_evaluation.ipynb #990cf129
@@ -617,10 +617,10 @@ def evaluate(
     out = Path(output_dir)
     with locked(out):
         for d in (out/'items').glob('*/'): sweep(d)
-        infos = {c: load_model(c, 'cpu')[1] for c in (checkpoint, against) if c}
-        guidance = chosen_guidance(plan.solo['guidance'], *(info['config']['model']['condition_dropout'] for info in infos.values()))
-        plan = replace(plan, solo=plan.solo | dict(guidance=guidance))
-        limits = {c: info['config']['model']['max_seq_len'] for c, info in infos.items()}
+        models = {c: load_model(c, 'cpu') for c in (checkpoint, against) if c}
+        infos = {c: info for c, (_, info) in models.items()}
+        plan = replace(plan, solo=settled(plan.solo, *(m.cfg.condition_dropout for m, _ in models.values())))
+        limits = {c: m.cfg.max_seq_len for c, (m, _) in models.items()}
         tests, store = TestSet(cfg, plan.seconds, min(limits.values())), Store(out/'items')
         if tests.limited_by: tests.limited_by = str(min(limits, key=limits.get))
         for c, info in infos.items(): check_codec(info, tests.dataset.fingerprint, f'{tests.dataset.path} with checkpoint {c}')
@@ -713,10 +713,10 @@ def main(
     seconds:float=None, # length of a window; the dataset's when absent, at most what the checkpoints can read at once
     seed:int=0, # of the choice of windows and of the solos
     embedders:str=None, # of the Fréchet distance, with commas: codec, vggish, pann, clap, encodec
-    temperature:float=PLAYED['temperature'], # of the judged solos, as the next two
+    temperature:float=None, # of the judged solos; what is absent is as `saxgpt generate` plays
     top_k:int=PLAYED['top_k'], # codes to choose from
     top_p:float=PLAYED['top_p'], # share of the probability to choose from
-    guidance:float=None, # of the judged solos; as `saxgpt generate` plays when absent
+    guidance:float=None, # weight of the backing
 ):
     "Say with numbers and sounds how good a checkpoint is: does it predict, does it sound, does it fit?"
     solo = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)

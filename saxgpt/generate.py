@@ -25,7 +25,7 @@ from .files import atomic_path
 from .metrics import chord_tone_share
 from .model.decoding import light as lighten, play_codes
 from .model.transformer import SaxGPT
-from .sampling import PLAYED, check_settings, chosen_guidance
+from .sampling import PLAYED, check_settings, settled
 from .training.checkpoint import load_model
 
 # %% ../nbs/08_generation.ipynb #60bcef7c
@@ -269,16 +269,15 @@ def play(
     prompt=None, # Audio file that the solo begins with and goes on from
     light:bool=False, # With the lighter copy of the model
     compiled:bool=False, # With a compiled step, on a CPU
-    **settings, # temperature, top_k, top_p, guidance of `play_codes`; those that are absent as in `PLAYED`
+    **settings, # temperature, top_k, top_p, guidance of `play_codes`; those that are absent as `settled`
 ) -> list: # (solo, mix, plot) paths for each solo
     "Play solos over a recording and write them, mixed and pictured too."
-    settings = PLAYED | dict(guidance=None) | settings
     check_settings(**{k: v for k, v in settings.items() if v is not None})
     paths = out_paths(out, mix, plot, n)
     if not 0 <= seed < 2**63 - n: raise ValueError(f'seed must be between 0 and 2**63, not {seed}')
     if seconds is not None and not 0 < seconds < math.inf: raise ValueError(f'seconds must be above 0, not {seconds:g}')
     model, about = load_model(checkpoint, 'cuda' if torch.cuda.is_available() else 'cpu')
-    settings['guidance'] = chosen_guidance(settings['guidance'], model.cfg.condition_dropout)
+    settings = settled(settings, model.cfg.condition_dropout)
     if light: model = lighten(model)
     src, x, truth = read_backing(backing, seconds)
     first = None if prompt is None else read_audio(prompt, SAMPLE_RATE, mono=True)[0]
@@ -321,10 +320,10 @@ def main(
     mix:str=None, # where solo and backing together go; beside the solo when absent
     plot:str=None, # where the picture goes; beside the solo when absent
     checkpoint:str='bundled', # folder of a checkpoint
-    temperature:Param('0: always the likeliest; one number, or one for each codebook as in 1,1,0.9,0.8', numbers)=PLAYED['temperature'],
+    temperature:Param('0: always the likeliest; one number, or one for each codebook as in 1,1,0.9,0.8; 0.6 when absent, 0.8 without guidance', numbers)=None,
     top_k:Param('codes to choose from, one number or four; 0: all', numbers)=PLAYED['top_k'],
     top_p:Param('share of the probability to choose from, one number or four; 0: all', numbers)=PLAYED['top_p'],
-    guidance:float=None, # weight of the backing; when absent what suits the bundled model, and 1 for one without condition dropout
+    guidance:float=None, # weight of the backing, 1: as learnt; 1.25 when absent, 1 for a model without condition dropout
     seed:int=0, # the same seed plays the same solo
     n:int=1, # number of solos
     prompt:str=None, # audio file that the solo begins with and goes on from

@@ -14,8 +14,8 @@ from fastcore.script import Param
 from tqdm.auto import tqdm
 
 from .codec import load_codec
-from .config import RunConfig, command, load_config, parse, to_dict, weights_dir
-from .evaluate import Judge, Plan, Store, TestSet, clean, plain, play, stat
+from .config import ConfigError, RunConfig, command, device_name, load_config, parse, to_dict, weights_dir
+from .evaluate import Judge, Store, TestSet, clean, make_plan, plain, play, stat
 from .files import locked, write_text
 from .training.checkpoint import load_model
 
@@ -33,15 +33,17 @@ def sweep(
     output_dir='out/sweep', # for the pieces of work: a sweep that is interrupted goes on from there
     grid:list=GRID, # settings
     n:int=12, # solos each
-    seconds:float=20., # of each
+    seconds:float=15., # of each
     seed:int=0, # of the choice of windows and of the solos
     device:str='cpu',
     progress=tqdm,
 )->dict: # settings, and rows: settings -> metric -> mean, low, high
     "Play the same windows at each setting and describe the solos; raises `ConfigError` without a validation set."
-    d = to_dict(cfg)
-    tests = TestSet(parse(RunConfig, d | dict(data=d['data'] | dict(test_path=None))), seconds, (loaded := load_model(checkpoint, device))[1]['config']['model']['max_seq_len'])
-    (model, info), out = loaded, Path(output_dir)
+    plan = make_plan(samples=n, seconds=seconds, seed=seed)
+    if not cfg.data.val_path: raise ConfigError('data.val_path: missing; a sweep needs a validation set')
+    d, (model, info), out = to_dict(cfg), load_model(checkpoint, device_name(str(device).startswith('cuda'))), Path(output_dir)
+    tests = TestSet(parse(RunConfig, d | dict(data=d['data'] | dict(test_path=None))), plan.seconds, model.cfg.max_seq_len)
+    if not model.cfg.condition_dropout: grid = [s for s in grid if s['guidance'] == 1]         # there is nothing to move away from
     with locked(out):
         samples, partners = tests.choose(n, seed)
         judge = Judge(Store(out/'items'), tests, load_codec(info['codec_name'], device), samples, partners)
@@ -63,7 +65,8 @@ def fitness(
     "How a setting is ranked."
     at = lambda r, m: r[m]['mean'] or 0.
     near = all(abs(at(row, m) - at(real, m)) <= .2*at(real, m) for m in LIKE)
-    return near, sum(min(1., (at(row, m) - at(shuffled, m))/(at(real, m) - at(shuffled, m))) for m in FITS)/len(FITS)
+    told = [m for m in FITS if at(real, m) > at(shuffled, m)]
+    return near, sum(min(1., (at(row, m) - at(shuffled, m))/(at(real, m) - at(shuffled, m))) for m in told)/max(1, len(told))
 
 def best(
     result:dict, # of `sweep`
@@ -98,13 +101,15 @@ def main(
     checkpoint:str='bundled', # checkpoint folder
     output_dir:str='out/sweep', # for sweep.json and the pieces of work
     n:int=12, # solos for each setting
-    seconds:float=20., # of each solo
+    seconds:float=15., # of each solo
     seed:int=0, # of the choice of windows and of the solos
     cuda:bool=False, # use the GPU
 ):
     "Play validation tunes at several temperatures and guidances, and say which fits best."
     if n < 2: raise ValueError(f'--n: given {n}; at least 2')
-    result = sweep(load_config(RunConfig, config, overrides or ()), checkpoint, output_dir, n=n, seconds=seconds, seed=seed, device='cuda' if cuda else 'cpu')
+    cfg = load_config(RunConfig, config, overrides or ())
+    try: result = sweep(cfg, checkpoint, output_dir, n=n, seconds=seconds, seed=seed, device='cuda' if cuda else 'cpu')
+    except KeyboardInterrupt: raise KeyboardInterrupt(f'what is done is in {Path(output_dir)/"items"}; the same command goes on from there') from None
     write_text(Path(output_dir)/'sweep.json', json.dumps(result, indent=1) + '\n')
     b = best(result)
     print(f'{Path(output_dir)/"sweep.json"}: best at temperature {b["temperature"]:g}, top-k {b["top_k"]}, top-p {b["top_p"]:g}, guidance {b["guidance"]:g}')

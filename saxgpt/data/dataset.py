@@ -12,6 +12,7 @@ import json, os, signal
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
+from multiprocessing import resource_tracker
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
@@ -302,6 +303,7 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 @contextmanager
 def _held(): # processes begun here inherit it
     if not hasattr(signal, 'pthread_sigmask'): return (yield)
+    resource_tracker.ensure_running()                                # where it starts with the first process it lets signals through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)

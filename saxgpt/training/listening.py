@@ -41,9 +41,9 @@ def embed_vectors(
     books = codec.vectors.float().cpu().clone()
     mean, turn = principal_axes(sum(b[c] for b, c in zip(books, codes)), model.cfg.d_model)
     books[0] -= mean                                                 # once in the sum
-    v = torch.nn.functional.pad(books @ turn, (0, model.cfg.d_model - turn.shape[1]))
-    table = model.embed.table.weight.unflatten(0, (model.cfg.num_codebooks, -1))[:, :v.shape[1]]
-    table.mul_(noise).add_((1 - noise**2)**.5*v/model.embed.scale)
+    v = books @ turn
+    table = model.embed.table.weight.unflatten(0, (model.cfg.num_codebooks, -1))[:, :v.shape[1], :v.shape[2]]
+    table.mul_(noise).add_((1 - noise**2)**.5*v.to(table)/model.embed.scale)
 
 # %% ../../nbs/07i_listening.ipynb #7b4d4863
 def missed_at(

@@ -90,13 +90,14 @@ def fit_spectra(
     save_every:int=500, # steps
 )->list: # the loss of each step since the last start
     "Train the network and save it with its codec; raises `CodecError`."
-    codec, wavs, said = load_codec(folder), corpus_wavs(corpus), []
+    if steps < 1: raise CodecError(f'--steps: given {steps}; at least 1')
+    codec, wavs, said, folder = load_codec(folder), corpus_wavs(corpus), [], Path(folder).resolve()
     if not isinstance(codec, MelCodec): raise CodecError(f'{folder}: is not mel-rvq; the spectra belong to that')
     torch.manual_seed(seed)
     net, bands = Spectra(codec.bands, channels, blocks, codec.settings.floor), codec.bands.float()
     names, params = zip(*net.named_parameters())
     opt = torch.optim.AdamW(params, lr, betas=(.9, .99))
-    state, begun = Path(folder).with_suffix('.spectra'), 0
+    state, begun = folder.with_name(f'{folder.name}.spectra'), 0
     run = content_hash(codec.hash, [str(w) for w in wavs], steps, batch, seconds, channels, blocks, lr, seed)
     if state.exists() and (found := read_tensors(state))[1].get('run') == run:
         begun = int(found[1]['step'])
@@ -117,6 +118,7 @@ def fit_spectra(
             write_tensors(state, {n: p.data for n, p in zip(names, params)} | moments, dict(run=run, step=str(step + 1)))
     codec.spectra = load_spectra(net.half_state(), codec.bands, codec.settings.floor)           # as it is stored
     codec.card['spectra'] = dict(corpus=f'{len(wavs)//2} pairs of the demo corpus, varied', steps=steps, batch=batch, seconds=seconds, seed=seed)
+    codec.card.pop('held_out', None)                                                        # of another network
     if held_out: codec.card['held_out'] = codec_figures(codec, sorted({p.parent for p in corpus_wavs(held_out)}), progress=progress)
     codec.save(folder)
     state.unlink(missing_ok=True)
@@ -134,4 +136,4 @@ def main(
     "Train the network that sharpens the bundled codec's spectra."
     if not codec or not corpus: raise ValueError('--codec and --corpus: give the folder of a codec and of a demo corpus')
     losses = fit_spectra(codec, corpus, steps, seed=seed, held_out=held_out)
-    print(f'{codec}: loss {np.mean(losses[-200:]):.4f}' if losses else f'{codec}: done already')
+    print(f'{codec}: loss {np.mean(losses[-200:]):.4f}')
