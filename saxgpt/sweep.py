@@ -14,7 +14,7 @@ from fastcore.script import Param
 from tqdm.auto import tqdm
 
 from .codec import load_codec
-from .config import ConfigError, RunConfig, command, device_name, load_config, parse, to_dict, weights_dir
+from .config import ConfigError, RunConfig, command, device_name, load_config, parse, to_dict
 from .evaluate import Judge, Store, TestSet, clean, make_plan, plain, play, stat
 from .files import locked, write_text
 from .training.checkpoint import load_model
