@@ -18,6 +18,7 @@ from saxgpt.training.dist import PeerError, ProcessError, joined, launch, total
 
 env = {k: v for k, v in os.environ.items() if k not in ('CLUSTER_SPEC', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
 env |= dict(OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1', GOOGLE_CLOUD_PROJECT='', PYTHONPATH=str(Path(__file__).parent))
+os.environ['GRPC_ENABLE_FORK_SUPPORT'] = '0'        # the fake's threads live here, and a fork that is about to become another program must not wake them
 
 
 # a fake Vertex AI
