@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUICK', 'GRID', 'VERSION', 'GROUP', 'Plan', 'make_plan', 'plain', 'Store', 'by_turns', 'spread', 'TestSet',
-           'start_of', 'truth_at', 'recording_files', 'recorded', 'predict', 'check_cache', 'halved', 'groups', 'play',
-           'Judge', 'stat', 'prediction', 'checks', 'sampling_row', 'sampling', 'fit_rows', 'spoilt_rows', 'sounds_of',
-           'frechet', 'adhere', 'measure', 'differences', 'clean', 'evaluate', 'examples', 'summary', 'main']
+           'start_of', 'truth_at', 'recording_files', 'recorded', 'predict', 'check_cache', 'halved', 'groups',
+           'player_key', 'play', 'Judge', 'stat', 'prediction', 'checks', 'sampling_row', 'sampling', 'fit_rows',
+           'spoilt_rows', 'sounds_of', 'frechet', 'adhere', 'measure', 'differences', 'clean', 'evaluate', 'examples',
+           'summary', 'main']
 
 # %% ../nbs/09_evaluation.ipynb #2f8ce5cd
 import copy, json, math, time
@@ -305,6 +306,14 @@ def groups(
         else: out.append([i])
     return out
 
+def player_key(
+    info:dict, # from `load_model`
+    tests:TestSet,
+    device, # 'cpu' or 'cuda'
+)->list: # for the store
+    "What has a say in everything that a checkpoint predicts and plays."
+    return [info['source'].rpartition(' ')[2], info['config']['model'], tests.hash, str(device)]
+
 def play(
     store:Store,
     model:SaxGPT, # in eval mode
@@ -329,6 +338,7 @@ class Judge:
     "Sounds and descriptions of the samples, made when they are asked for."
     def __init__(self, store, tests, codec, samples, partners):
         self.store, self.tests, self.codec, self.samples, self.partners, self.known = store, tests, codec, samples, partners, {}
+        self.voice = codec.voice
         self.facts, files = {i: truth_at(tests, i) for i in samples}, {i: recording_files(tests, i) for i in samples}
         self.truthful, self.original = all(t for t, _, _ in self.facts.values()), all(files.values())
         if not self.truthful: self.facts = {i: (None, *rest) for i, (_, *rest) in self.facts.items()}
@@ -338,7 +348,7 @@ class Judge:
 
     def decoded(self, codes): # (K,L) -> (1,N)
         make = lambda: self.codec.decode(torch.from_numpy(np.asarray(codes, np.int64))[None].to(self.codec.device))[0].cpu().numpy()
-        return self.store.sound([self.codec.voice, codes], make)
+        return self.store.sound([self.voice, codes], make)
 
     def real(self, i): return self.decoded(self.tests.codes(i)[1])
     def backing(self, i): return recorded(self.tests, i, 1) if self.original else self.decoded(self.tests.codes(i)[0])
@@ -365,7 +375,7 @@ class Judge:
             elif kind in SPOILT: solo = spoil(self.real(i), kind, self.solo_of(i), seed=i)
             else: solo = self.solo_of(self.partners[k] if kind == 'shuffled' else i)
             return fit_scores(solo, b, reference=None if kind == 'same_key' else self.solo_of(i)) if b else None
-        made_by = [self.tests.hash, self.tests.dataset.seq_len, self.codec.voice, kind, i, self.partners[k], self.source[i], codes,
+        made_by = [self.tests.hash, self.tests.dataset.seq_len, self.voice, kind, i, self.partners[k], self.source[i], codes,
                    self.sources if kind == 'same_key' else None]
         return self.store('fit', made_by, work)
 
@@ -554,7 +564,7 @@ def adhere(
         points['silence'] = embed(back, cache=cache)
         got = adherence(points, side, plan.seed)
         return {k: got.get(k) or stat([]) for k in ('real', 'shuffled', 'model', 'silence')}
-    return judge.store('apa', [judge.codec.voice, judge.tests.hash, judge.tests.dataset.seq_len, judge.sources, judged, plan.seed], work)
+    return judge.store('apa', [judge.voice, judge.tests.hash, judge.tests.dataset.seq_len, judge.sources, judged, plan.seed], work)
 
 # %% ../nbs/09_evaluation.ipynb #0b732f18
 def measure(
@@ -569,7 +579,7 @@ def measure(
     "All that is asked of a checkpoint."
     model, info = load_model(checkpoint, device)
     tests, store = judge.tests, judge.store
-    made_by = [info['source'].rpartition(' ')[2], info['config']['model'], tests.hash, str(device)]
+    made_by = player_key(info, tests, device)
     args = store, model, made_by, tests, plan
     predicted, each = prediction(*args, progress('predict'))
     cache_checks = checks(*args, progress('cached against full'))
@@ -617,10 +627,10 @@ def evaluate(
     out = Path(output_dir)
     with locked(out):
         for d in (out/'items').glob('*/'): sweep(d)
-        models = {c: load_model(c, 'cpu') for c in (checkpoint, against) if c}
-        infos = {c: info for c, (_, info) in models.items()}
-        plan = replace(plan, solo=settled(plan.solo, *(m.cfg.condition_dropout for m, _ in models.values())))
-        limits = {c: m.cfg.max_seq_len for c, (m, _) in models.items()}
+        loaded = {c: load_model(c, 'cpu') for c in (checkpoint, against) if c}
+        infos, cfgs = {c: info for c, (_, info) in loaded.items()}, {c: m.cfg for c, (m, _) in loaded.items()}
+        plan = replace(plan, solo=settled(plan.solo, *(m.condition_dropout for m in cfgs.values())))
+        limits = {c: m.max_seq_len for c, m in cfgs.items()}
         tests, store = TestSet(cfg, plan.seconds, min(limits.values())), Store(out/'items')
         if tests.limited_by: tests.limited_by = str(min(limits, key=limits.get))
         for c, info in infos.items(): check_codec(info, tests.dataset.fingerprint, f'{tests.dataset.path} with checkpoint {c}')

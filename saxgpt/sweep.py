@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .codec import load_codec
 from .config import ConfigError, RunConfig, command, device_name, load_config, parse, to_dict
-from .evaluate import Judge, Store, TestSet, clean, make_plan, plain, play, stat
+from .evaluate import Judge, Store, TestSet, clean, make_plan, plain, play, player_key, stat
 from .files import locked, write_text
 from .training.checkpoint import load_model
 
@@ -50,7 +50,7 @@ def sweep(
         recordings = [tests.recording(i) for i in samples]
         def row(settings, scores): return dict(settings, **{m: stat([s[m] for s in scores], groups=recordings) for m in (*FITS, *LIKE)})
         rows = [row(dict(name=kind), [judge.scores(k, kind) for k in range(len(samples))]) for kind in ('real', 'shuffled')]
-        made_by = [info['source'].rpartition(' ')[2], info['config']['model'], tests.hash, str(device)]
+        made_by = player_key(info, tests, device)
         for s in progress(grid):
             solos = play(judge.store, model, made_by, tests, samples, seed, s)
             rows.append(row(dict(name='played', **s), [judge.scores(k, 'model', solos[k]) for k in range(len(samples))]))

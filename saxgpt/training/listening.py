@@ -13,6 +13,7 @@ from ..codec import Codec, check_codec
 from ..config import HistoryConfig
 from ..data.dataset import CodesDataset
 from ..model.transformer import SaxGPT
+from .sampling import ramp_at
 
 # %% ../../nbs/07i_listening.ipynb #216b30ac
 def principal_axes(
@@ -51,7 +52,7 @@ def missed_at(
     step:int, # steps already taken
 )->float: # from cfg.first to cfg.last
     "Which share of the windows has no past."
-    return cfg.first + (cfg.last - cfg.first)*min(1., max(0, step - cfg.hold)/cfg.ramp)
+    return cfg.first + (cfg.last - cfg.first)*ramp_at(step, cfg.hold, cfg.ramp)
 
 def forget_past(
     lead:Tensor, # delayed codes (B, K, S)

@@ -496,6 +496,7 @@ def usable(
 @patch
 def find(self:Trainer)->dict: # what to load; None if there is nothing
     "Read the first usable checkpoint."
+    def ready(state=None, folder=''): return dict(weights={k: v.cpu() for k,v in self.model.state_dict().items()}, state=state, folder=str(folder))
     for folder in (found := self.candidates()):
         try: about = verify(folder)
         except CheckpointError as e:
@@ -507,10 +508,10 @@ def find(self:Trainer)->dict: # what to load; None if there is nothing
         self.whole = folder == self.checkpoints/'last'
         state = usable(folder, load_trainer_state, folder) if (folder/'trainer.json').exists() else None
         self.say(f'going on from {folder}, step {about["step"]}' if state else f'a new run, from the weights in {folder}')
-        return dict(weights={k: v.cpu() for k,v in self.model.state_dict().items()}, state=state, folder=str(folder))
-    if not (name := self.cfg.training.embeddings_from): return
-    embed_vectors(self.model, load_codec(name), self.loader.dataset)
-    return dict(weights={k: v.cpu() for k,v in self.model.state_dict().items()}, state=None, folder='')
+        return ready(state, folder)
+    if name := self.cfg.training.embeddings_from:
+        embed_vectors(self.model, load_codec(name), self.loader.dataset)
+        return ready()
 
 @patch
 def resume(self:Trainer)->bool: # whether there was a run to go on with
