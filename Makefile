@@ -17,7 +17,7 @@ solo: env
 	@$(V)/python -m saxgpt.generate "$(BACKING)" -o out/solo.wav --mix out/mix.wav --plot out/solo.png
 
 test: env sync notebooks
-	$(V)/python -m pytest -q -n 2 --dist loadfile tests
+	$(V)/python -m pytest -q -n 2 --dist loadfile -o tmp_path_retention_policy=failed tests
 
 env: $(STAMP)
 $(STAMP):
@@ -50,23 +50,24 @@ prepare: env
 lab: env
 	$(V)/jupyter lab nbs
 
-# The bundled codec and model from nothing: three hours on two cores. Short windows first, where attention is cheap, then the full 30 s.
+# The bundled codec and model from nothing: four hours on two cores. The codec hears 5 h; then come short windows, where attention is cheap, then the full 30 s.
 DEMO := data/demo
+SHORT := $(DEMO)/7_short
 weights: env
 	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 300 --seed 1
 	$(V)/python -m saxgpt.training.codec --corpus $(DEMO)/corpus --out saxgpt/weights/mel-rvq
 	$(V)/python -m saxgpt.training.spectra --codec saxgpt/weights/mel-rvq --corpus $(DEMO)/corpus
+	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 1800 --seed 1
 	$(V)/saxgpt pipeline --config demo
-	$(V)/saxgpt pipeline --config demo --only dataset data_paths.datasets_dir=$(DEMO)/7_short dataset.seq_len=500 dataset.stride=500
-	$(V)/saxgpt train --config demo data.train_path=$(DEMO)/7_short/train.safetensors data.val_path=$(DEMO)/7_short/val.safetensors \
-		training.output_dir=models/short training.max_steps=4000 training.scheduler.total_steps=7500
+	$(V)/saxgpt pipeline --config demo --only dataset data_paths.datasets_dir=$(SHORT) dataset.seq_len=500 dataset.stride=500
+	$(V)/saxgpt train --config demo --ddp --num-gpus 2 data.train_path=$(SHORT)/train.safetensors data.val_path=$(SHORT)/val.safetensors \
+		training.output_dir=models/short training.max_steps=6000 training.scheduler.total_steps=8000 training.optimizer.lr=0.0025 \
+		training.history.hold=1500 training.history.ramp=4000 training.val_interval=1500
 	$(V)/python -m saxgpt.training.checkpoint models/short/checkpoints/last models/short/weights
-	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 700 --seed 1
-	$(V)/saxgpt pipeline --config demo
-	$(V)/saxgpt train --config demo training.resume_from_checkpoint=models/short/weights training.max_steps=1000 training.batch_size=2 \
-		training.optimizer.lr=0.0012 training.scheduler.warmup_steps=50 training.val_interval=400 training.history.first=0.1
+	$(V)/saxgpt train --config demo --ddp --num-gpus 2 training.resume_from_checkpoint=models/short/weights training.max_steps=2000 training.batch_size=1 \
+		training.optimizer.lr=0.0012 training.scheduler.warmup_steps=50 training.val_interval=500 training.history.first=0.1
 	$(V)/python -m saxgpt.training.checkpoint models/demo/checkpoints/best saxgpt/weights/xsmall
-	$(V)/saxgpt sweep --config demo --checkpoint saxgpt/weights/xsmall --output-dir out/sweep && cp out/sweep/sweep.json saxgpt/weights/xsmall/
+	$(V)/saxgpt sweep --config demo --checkpoint saxgpt/weights/xsmall --output-dir out/sweep --n 24 && cp out/sweep/sweep.json saxgpt/weights/xsmall/
 	$(V)/saxgpt evaluate --config demo --checkpoint saxgpt/weights/xsmall
 
 image:

@@ -598,7 +598,7 @@ def write_demo_backing(
 )->Path: # backing.opus
     "Make the bundled backing track again."
     folder = Path(folder or weights_dir()/'demo')
-    tune = compose([0, 132], 31, form='rhythm changes', key=10, bpm=132)
+    tune = compose([0, 132], 31, form='ii-V-I cycle', key=5, bpm=132)
     with atomic_path(folder/'backing.json') as p: p.write_text(json.dumps(truth_of(tune)))
     return write_audio(folder/'backing.opus', render(tune)[1])
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from fastcore.script import Param
 from tqdm.auto import tqdm
 
-from .codec import load_codec
+from .codec import check_codec, load_codec
 from .config import ConfigError, RunConfig, command, device_name, load_config, parse, to_dict
 from .evaluate import Judge, Store, TestSet, clean, make_plan, plain, play, player_key, stat
 from .files import locked, write_text
 from .training.checkpoint import load_model
 
-# %% ../nbs/09e_sweep.ipynb #e463b9aa
-TEMPERATURES, GUIDANCES = (.6, .8, 1.), (1., 1.25, 1.5, 2., 3.)
+# %% ../nbs/09e_sweep.ipynb #abcd102e
+TEMPERATURES, GUIDANCES = (.4, .6, .8, 1.), (1., 1.25, 1.5, 2., 3.)
 GRID = [dict(temperature=t, top_k=250, top_p=0., guidance=g) for t, g in product(TEMPERATURES, GUIDANCES)]
 GRID += [dict(temperature=1., top_k=k, top_p=p, guidance=2.) for k, p in ((50, 0.), (0, .9))]
 
@@ -43,6 +43,7 @@ def sweep(
     if not cfg.data.val_path: raise ConfigError('data.val_path: missing; a sweep needs a validation set')
     d, (model, info), out = to_dict(cfg), load_model(checkpoint, device_name(str(device).startswith('cuda'))), Path(output_dir)
     tests = TestSet(parse(RunConfig, d | dict(data=d['data'] | dict(test_path=None))), plan.seconds, model.cfg.max_seq_len)
+    check_codec(info, tests.dataset.fingerprint, f'{tests.dataset.path} with checkpoint {checkpoint}')
     if not model.cfg.condition_dropout: grid = [s for s in grid if s['guidance'] == 1]         # there is nothing to move away from
     with locked(out):
         samples, partners = tests.choose(n, seed)

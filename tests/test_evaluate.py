@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from saxgpt.codec import CodecMismatch
 from saxgpt.config import DataConfig, RunConfig, load_config, to_dict
 from saxgpt.demo import make_corpus
 from saxgpt.evaluate import stat
@@ -400,5 +401,7 @@ def test_sweep_plays_validation_tunes_once(data, tmp_path, monkeypatch):
     two = swept(bold, shy)
     assert played == [bold, shy] and two['rows'][:3] == one['rows'] and two['rows'][3]['temperature'] == .5
     assert two['rows'][3]['voiced'] != two['rows'][2]['voiced'] and json.dumps(two, allow_nan=False)
+    with pytest.raises(CodecMismatch, match='foreign: made with'):
+        sweep(cfg, make_checkpoint(tmp_path/'foreign', codec_hash='another'), tmp_path/'none', [bold], n=2, seconds=4.)
     r = run('saxgpt.sweep', '--config', 'demo', '--n', 1, ok=False)
     assert r.returncode == 2 and r.stderr == 'saxgpt: --n: given 1; at least 2\n', r.stderr
