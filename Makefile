@@ -50,7 +50,7 @@ prepare: env
 lab: env
 	$(V)/jupyter lab nbs
 
-# The bundled codec and model from nothing: four hours on two cores. The codec hears 5 h; then come short windows, where attention is cheap, then the full 30 s.
+# The bundled codec and model from nothing: three hours on two cores, 45 GB of disk. The codec hears 5 h; then come short windows, where attention is cheap, then the full 30 s.
 DEMO := data/demo
 SHORT := $(DEMO)/7_short
 weights: env
