@@ -18,7 +18,6 @@ from saxgpt.training.dist import PeerError, ProcessError, joined, launch, total
 
 env = {k: v for k, v in os.environ.items() if k not in ('CLUSTER_SPEC', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
 env |= dict(OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1', GOOGLE_CLOUD_PROJECT='', PYTHONPATH=str(Path(__file__).parent))
-os.environ['GRPC_ENABLE_FORK_SUPPORT'] = '0'        # the fake's threads live here, and a fork that is about to become another program must not wake them
 
 
 # a fake Vertex AI
@@ -83,9 +82,10 @@ data = ['data.train_path=gs://my-bucket/train.safetensors', 'data.val_path=null'
 
 
 def started(fake, *args, **more):
-    args = [sys.executable, '-m', 'saxgpt.vertex', *map(str, args)]
-    return subprocess.Popen(args, env=env | dict(VERTEX_EMULATOR_HOST=fake.host if fake else '127.0.0.1:1') | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    "The command, with Ctrl-C at work even where a shell has switched it off. No `preexec_fn`: that forks, and the fake's gRPC, whose threads live here, would speak up in the fork"
+    code = 'import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_module("saxgpt.vertex", run_name="__main__", alter_sys=True)'
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=env | dict(VERTEX_EMULATOR_HOST=fake.host if fake else '127.0.0.1:1') | more)
 
 
 def vertex(fake, *args, **more):
