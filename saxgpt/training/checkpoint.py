@@ -150,7 +150,9 @@ def load_model(
         folder = from_hub(source, **where)
         if where.get('revision'): source += f'@{where["revision"]}'
     try: about = verify(folder)
-    except CheckpointError as e: raise CheckpointError(f'{source}: {e}; or remove {folder.parent.parent} to fetch it again') from None if far else e
+    except CheckpointError as e:
+        if not far: raise
+        raise CheckpointError(f'{source}: {e}; or remove {folder.parent.parent} to fetch it again') from None
     weights = json.loads((folder/'hashes.json').read_text())['model.safetensors']
     about |= dict(source=f'{source}, weights {weights[:16]}')
     model = SaxGPT(parse(RunConfig, about['config'], str(folder/'config.json')).model)
