@@ -67,7 +67,7 @@ def make_plan(
     if not 0 <= p.seed < 2**31: raise ValueError(f'--seed: given {p.seed}; it must be 0 or more, and below 2**31')
     for e in p.embedders:
         if e not in EMBEDDERS: raise ValueError(f'--embedders: given {e}; there are {", ".join(EMBEDDERS)}')
-    check_settings(**{k: v for k, v in p.solo.items() if v is not None})
+    check_settings(**settled(p.solo))
     return p
 
 # %% ../nbs/09_evaluation.ipynb #18d88cda
@@ -568,7 +568,8 @@ def adhere(
 
 # %% ../nbs/09_evaluation.ipynb #0b732f18
 def measure(
-    checkpoint, # folder, or 'bundled'
+    checkpoint, # its name
+    loaded:tuple, # model and what is known about it, as from `load_model`
     judge:Judge,
     plan:Plan,
     shared:dict, # scores of the real solos
@@ -577,7 +578,7 @@ def measure(
     progress=lambda name: (lambda x: x), # stage -> such as tqdm
 )->tuple: # all numbers of a checkpoint, values per window, codes of its solos
     "All that is asked of a checkpoint."
-    model, info = load_model(checkpoint, device)
+    model, info = loaded
     tests, store = judge.tests, judge.store
     made_by = player_key(info, tests, device)
     args = store, model, made_by, tests, plan
@@ -627,7 +628,7 @@ def evaluate(
     out = Path(output_dir)
     with locked(out):
         for d in (out/'items').glob('*/'): sweep(d)
-        loaded = {c: load_model(c, 'cpu') for c in (checkpoint, against) if c}
+        loaded = {c: load_model(c, device) for c in (checkpoint, against) if c}
         infos, cfgs = {c: info for c, (_, info) in loaded.items()}, {c: m.cfg for c, (m, _) in loaded.items()}
         plan = replace(plan, solo=settled(plan.solo, *(m.condition_dropout for m in cfgs.values())))
         limits = {c: m.max_seq_len for c, m in cfgs.items()}
@@ -639,8 +640,8 @@ def evaluate(
         kinds = ('real', 'shuffled', 'same_key') if judge.truthful else ('real', 'shuffled')
         shared = {kind: [judge.scores(k, kind) for k in progress(f'fit, {kind}'.replace('_', ' '))(range(len(samples)))] for kind in kinds}
         spoilt = spoilt_rows(judge, plan, shared, progress('fit, spoilt'))
-        models, values, played = zip(*[measure(c, judge, plan, shared, device, out/'items/points', progress) for c in (checkpoint, against)
-                                       if c])
+        models, values, played = zip(*[measure(c, loaded[c], judge, plan, shared, device, out/'items/points', progress)
+                                       for c in (checkpoint, against) if c])
         def of(metric): return [tests.recording(i) for i in (samples if metric in models[0]['fit']
             else tests.choose(plan.windows, plan.seed)[0])]
         results = dict(saxgpt=__version__, plan=asdict(plan) | dict(samples=len(samples)), dataset=_dataset(judge), models=models,

@@ -25,7 +25,7 @@ from .files import atomic_path
 from .metrics import chord_tone_share
 from .model.decoding import light as lighten, play_codes
 from .model.transformer import SaxGPT
-from .sampling import PLAYED, check_settings, settled
+from .sampling import PLAYED, UNGUIDED, check_settings, settled
 from .training.checkpoint import load_model
 
 # %% ../nbs/08_generation.ipynb #60bcef7c
@@ -272,7 +272,7 @@ def play(
     **settings, # temperature, top_k, top_p, guidance of `play_codes`; those that are absent as `settled`
 ) -> list: # (solo, mix, plot) paths for each solo
     "Play solos over a recording and write them, mixed and pictured too."
-    check_settings(**{k: v for k, v in settings.items() if v is not None})
+    check_settings(**settled(settings))
     paths = out_paths(out, mix, plot, n)
     if not 0 <= seed < 2**63 - n: raise ValueError(f'seed must be between 0 and 2**63, not {seed}')
     if seconds is not None and not 0 < seconds < math.inf: raise ValueError(f'seconds must be above 0, not {seconds:g}')
@@ -320,10 +320,11 @@ def main(
     mix:str=None, # where solo and backing together go; beside the solo when absent
     plot:str=None, # where the picture goes; beside the solo when absent
     checkpoint:str='bundled', # folder of a checkpoint
-    temperature:Param('0: always the likeliest; one number, or one for each codebook as in 1,1,0.9,0.8; 0.6 when absent, 0.8 without guidance', numbers)=None,
+    temperature:Param('0: always the likeliest; one number, or one for each codebook as in 1,1,0.9,0.8; '
+                      f'{PLAYED["temperature"]:g} when absent, {UNGUIDED["temperature"]:g} without guidance', numbers)=None,
     top_k:Param('codes to choose from, one number or four; 0: all', numbers)=PLAYED['top_k'],
     top_p:Param('share of the probability to choose from, one number or four; 0: all', numbers)=PLAYED['top_p'],
-    guidance:float=None, # weight of the backing, 1: as learnt; 1.25 when absent, 1 for a model without condition dropout
+    guidance:Param(f'weight of the backing, 1: as learnt; {PLAYED["guidance"]:g} when absent, 1 for a model without condition dropout', float)=None,
     seed:int=0, # the same seed plays the same solo
     n:int=1, # number of solos
     prompt:str=None, # audio file that the solo begins with and goes on from

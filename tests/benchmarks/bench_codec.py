@@ -7,14 +7,13 @@ pitch, by pYIN, is within 50 cents of it after the round trip.
 """
 import argparse
 
-import librosa
 import numpy as np
 import torch
 from scipy.signal import butter, fftconvolve, sosfilt
 
 from saxgpt.codec import load_codec
 from saxgpt.demo import _frame, blow, compose
-from saxgpt.training.codec import mel_distance
+from saxgpt.training.codec import mel_distance, voiced_pitch
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--codec', default='bundled', help='bundled, encodec or a folder')
@@ -23,14 +22,9 @@ parser.add_argument('--seed', type=int, default=91, help='of the tunes; the bund
 SR, SECONDS = 32_000, 15
 
 
-def pitch(x):
-    "Pitch (Hz) and voicing of frames of 20 ms"
-    return librosa.pyin(librosa.resample(x, orig_sr=SR, target_sr=16_000), fmin=80, fmax=1600, sr=16_000, frame_length=1024, hop_length=320)[:2]
-
-
 def kept(x, y):
     "Frames whose pitch is still within 50 cents, and frames that had one"
-    (a, voiced), (b, still) = pitch(x), pitch(y)
+    (a, voiced), (b, still) = voiced_pitch(x, 1600), voiced_pitch(y, 1600)
     n = min(len(a), len(b))
     cents = 1200*np.abs(np.log2(np.where(still, b, 1.)[:n]/np.where(voiced, a, 1.)[:n]))
     return (voiced[:n] & still[:n] & (cents <= 50)).sum(), voiced[:n].sum()
@@ -61,6 +55,6 @@ if __name__ == '__main__':
             x = blow(t.lead, t.program if program is None else program, round(t.duration*SR)).ravel()[SR:SR*(1 + SECONDS)]
             x = np.asarray(change(x*(.07/np.sqrt((x**2).mean())), rng), 'f4')
             y = codec.decode(codec.encode(torch.from_numpy(x)[None, None]))[0].cpu().numpy()
-            counts += kept(x, y[0])
+            counts += kept(x[None], y)
             far.append(mel_distance(x[None], y))
         print(f'{name:20}{counts[0]/counts[1]:10.1%}{np.mean(far):15.2f} dB', flush=True)
