@@ -200,8 +200,8 @@ class SchedulerConfig(Section):
     min_lr: float = field(1e-6, 'rate at the end', ge=0)
 
 class OptimizerConfig(Section):
-    "AdamW."
-    type: Literal['adamw'] = field('adamw', 'optimiser')
+    "AdamW, or Muon for what lies inside the layers."
+    type: Literal['adamw', 'muon'] = field('adamw', 'optimiser; `muon` for the matrices inside the layers, AdamW for the rest')
     lr: float = field(3e-4, 'learning rate', gt=0)
     embedding_lr: float|None = field(None, 'another rate for the embeddings', gt=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = field((.9, .98), 'decay of the two moments')
@@ -229,7 +229,7 @@ class TrainingConfig(Section):
     batch_size: int = field(..., 'windows per step and device', ge=1)
     gradient_accumulation_steps: int = field(1, 'micro-steps per step', ge=1)
     scheduler: SchedulerConfig = field(SchedulerConfig(), 'learning rate')
-    optimizer: OptimizerConfig = field(OptimizerConfig(), 'AdamW')
+    optimizer: OptimizerConfig = field(OptimizerConfig(), 'optimiser')
     output_dir: str = field(..., 'checkpoints and metrics', min_length=1)
     log_interval: int = field(50, 'steps from log line to log line', ge=1)
     save_interval: int = field(100, 'epochs from kept checkpoint to kept checkpoint', ge=1)

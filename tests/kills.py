@@ -371,7 +371,8 @@ def toy_data(folder):
 VARIANTS = dict(                                                 # 24 steps of two batches, validation in mid-epoch and at its end
     plain=dict(),
     workers=dict(num_workers=2, log_interval=3),
-    bf16=dict(precision='bf16', gradient_accumulation_steps=3, max_steps=14, log_interval=4, optimizer=dict(lr=3e-3, embedding_lr=5e-3),
+    bf16=dict(precision='bf16', gradient_accumulation_steps=3, max_steps=14, log_interval=4,
+              optimizer=dict(type='muon', lr=3e-3, embedding_lr=5e-3),
               scheduler=dict(type='plateau', warmup_steps=4)),
     single=dict(gradient_accumulation_steps=1, max_steps=20, plain=True, scheduler=dict(type='linear', warmup_steps=0)),
 )
