@@ -54,10 +54,10 @@ lab: env
 DEMO := data/demo
 SHORT := $(DEMO)/7_short
 weights: env
-	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 300 --seed 1
+	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 300 --seed 1 --drawn 0
 	$(V)/python -m saxgpt.training.codec --corpus $(DEMO)/corpus --out saxgpt/weights/mel-rvq
 	$(V)/python -m saxgpt.training.spectra --codec saxgpt/weights/mel-rvq --corpus $(DEMO)/corpus
-	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 1800 --seed 1
+	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 1800 --seed 1 --drawn 0
 	$(V)/saxgpt pipeline --config demo
 	$(V)/saxgpt pipeline --config demo --only dataset data_paths.datasets_dir=$(SHORT) dataset.seq_len=500 dataset.stride=500
 	$(V)/saxgpt train --config demo --ddp --num-gpus 2 data.train_path=$(SHORT)/train.safetensors data.val_path=$(SHORT)/val.safetensors \
