@@ -242,6 +242,7 @@ class TrainingConfig(Section):
     ema_decay: float = field(.999, 'of the moving average of the weights, which is validated and plays; 0 is none', ge=0, lt=1)
     scheduled_sampling: SampledConfig = field(SampledConfig(), 'own codes in the training input')
     history: HistoryConfig = field(HistoryConfig(), 'windows without a past in the training input')
+    codebook_weights: list[Annotated[float, Field(ge=0)]]|None = field(None, 'how much each codebook counts in the loss that is learnt from; null is all alike')
     embeddings_from: str|None = field(None, "the codec whose vectors the embeddings of a new model begin as: bundled, encodec or a folder; null is random")
     compile: bool = field(False, 'compile the model, if that turns out to be faster')
     max_steps: int|None = field(None, 'stop after so many steps', ge=1)
@@ -253,6 +254,11 @@ class RunConfig(Section):
     data: RunData = field(..., 'dataset files')
     model: ModelConfig = field(..., 'architecture')
     training: TrainingConfig = field(..., 'training')
+    @model_validator(mode='after')
+    def _weighed(self):
+        if (w := self.training.codebook_weights) is not None and (len(w) != self.model.num_codebooks or not sum(w)): raise ValueError(
+            f'training.codebook_weights {w} must be {self.model.num_codebooks} numbers, one for each codebook, and not all 0')
+        return self
 
 # %% ../nbs/10_config.ipynb #af358c92
 def type_name(
