@@ -50,22 +50,32 @@ prepare: env
 lab: env
 	$(V)/jupyter lab nbs
 
-# The bundled codec and model from nothing: three hours on two cores, 45 GB of disk. The codec hears 5 h; then come short windows, where attention is cheap, then the full 30 s.
+# The bundled codec and model from nothing: four hours on two cores, 90 GB of disk. The codec hears 5 h. Then come short windows, where
+# attention is cheap, first of tunes on nine forms, then of tunes with changes of their own; and at last the full 30 s.
+FORMS := data/forms
 DEMO := data/demo
 SHORT := $(DEMO)/7_short
+TRAIN = $(V)/saxgpt train --config demo --ddp --num-gpus 2
 weights: env
-	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 300 --seed 1 --drawn 0
-	$(V)/python -m saxgpt.training.codec --corpus $(DEMO)/corpus --out saxgpt/weights/mel-rvq
-	$(V)/python -m saxgpt.training.spectra --codec saxgpt/weights/mel-rvq --corpus $(DEMO)/corpus
-	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 1800 --seed 1 --drawn 0
+	$(V)/saxgpt demo --out $(FORMS)/corpus --minutes 300 --seed 1 --drawn 0
+	$(V)/python -m saxgpt.training.codec --corpus $(FORMS)/corpus --out saxgpt/weights/mel-rvq
+	$(V)/python -m saxgpt.training.spectra --codec saxgpt/weights/mel-rvq --corpus $(FORMS)/corpus
+	$(V)/saxgpt demo --out $(FORMS)/corpus --minutes 1800 --seed 1 --drawn 0
+	sed 's,$(DEMO),$(FORMS),' saxgpt/configs/data/demo.yaml > $(FORMS)/forms.yaml
+	$(V)/saxgpt pipeline --config $(FORMS)/forms.yaml dataset.seq_len=500 dataset.stride=500
+	$(V)/saxgpt demo --out $(DEMO)/corpus --minutes 1800 --seed 1
 	$(V)/saxgpt pipeline --config demo
 	$(V)/saxgpt pipeline --config demo --only dataset data_paths.datasets_dir=$(SHORT) dataset.seq_len=500 dataset.stride=500
-	$(V)/saxgpt train --config demo --ddp --num-gpus 2 data.train_path=$(SHORT)/train.safetensors data.val_path=$(SHORT)/val.safetensors \
-		training.output_dir=models/short training.max_steps=6000 training.scheduler.total_steps=8000 training.optimizer.lr=0.0025 \
-		training.history.hold=1500 training.history.ramp=4000 training.val_interval=1500
+	$(TRAIN) data.train_path=$(FORMS)/7_datasets/train.safetensors data.val_path=$(FORMS)/7_datasets/val.safetensors training.output_dir=models/forms \
+		training.max_steps=8047 training.scheduler.total_steps=26000 training.optimizer.lr=0.0025 training.codebook_weights=null \
+		training.history.hold=800 training.history.ramp=2000 training.val_interval=1600
+	$(V)/python -m saxgpt.training.checkpoint models/forms/checkpoints/last models/forms/weights
+	$(TRAIN) data.train_path=$(SHORT)/train.safetensors data.val_path=$(SHORT)/val.safetensors training.output_dir=models/short \
+		training.resume_from_checkpoint=models/forms/weights training.max_steps=3000 training.scheduler.total_steps=5500 \
+		training.scheduler.warmup_steps=50 training.history.first=0.1 training.val_interval=1000
 	$(V)/python -m saxgpt.training.checkpoint models/short/checkpoints/last models/short/weights
-	$(V)/saxgpt train --config demo --ddp --num-gpus 2 training.resume_from_checkpoint=models/short/weights training.max_steps=2000 training.batch_size=1 \
-		training.optimizer.lr=0.0012 training.scheduler.warmup_steps=50 training.val_interval=500 training.history.first=0.1
+	$(TRAIN) training.resume_from_checkpoint=models/short/weights training.max_steps=1200 training.batch_size=1 training.optimizer.lr=0.0012 \
+		training.scheduler.warmup_steps=50 training.history.first=0.1 training.val_interval=400
 	$(V)/python -m saxgpt.training.checkpoint models/demo/checkpoints/best saxgpt/weights/xsmall
 	$(V)/saxgpt sweep --config demo --checkpoint saxgpt/weights/xsmall --output-dir out/sweep --n 24 && cp out/sweep/sweep.json saxgpt/weights/xsmall/
 	$(V)/saxgpt evaluate --config demo --checkpoint saxgpt/weights/xsmall
