@@ -254,6 +254,7 @@ class RunConfig(Section):
     data: RunData = field(..., 'dataset files')
     model: ModelConfig = field(..., 'architecture')
     training: TrainingConfig = field(..., 'training')
+
     @model_validator(mode='after')
     def _weighed(self):
         if (w := self.training.codebook_weights) is not None and (len(w) != self.model.num_codebooks or not sum(w)): raise ValueError(

@@ -607,8 +607,8 @@ def make_corpus(
     minutes:float, # at least so much paired audio
     seed:int=0, # another seed is another corpus
     n_jobs:int=None, # processes, all cores when absent
-    drawn:float=.75, # share of recordings with changes of their own; the others play one of `FORMS`
     progress:bool=True, # show a bar
+    drawn:float=.75, # share of recordings with changes of their own; the others play one of `FORMS`
 )->list: # recording folders
     "Make, or complete, a corpus of paired recordings."
     jobs, total = [], 0
@@ -671,6 +671,6 @@ def main(
     if not out: raise ValueError('--out: give the folder for the recordings, such as --out data/demo/corpus')
     if not minutes > 0: raise ValueError(f'--minutes: given {minutes:g}; it must be above 0')
     if not 0 <= drawn <= 1: raise ValueError(f'--drawn: given {drawn:g}; it is a share, from 0 to 1')
-    try: folders = make_corpus(out, minutes, seed, n_jobs, drawn)
+    try: folders = make_corpus(out, minutes, seed, n_jobs, drawn=drawn)
     except RuntimeError as e: sys.exit(f'{e}\nsome recordings failed; the others are complete, run the command again to retry')
     print(f'{len(folders)} recordings in {out}')

@@ -248,7 +248,8 @@ def write_solo(
     write_audio(paths[0], solo)
     write_audio(paths[1], mix_audio(solo, backing))
     solo, backing = (x[:, :60*SAMPLE_RATE] for x in (solo, backing))
-    if truth: name += f': {truth.get("form", "")} in {truth.get("key", "")}, {truth.get("bpm", 0):.0f} bpm'
+    form = truth.get('form', '')
+    if truth: name += f': {"changes of its own" if form == "drawn" else form} in {truth.get("key", "")}, {truth.get("bpm", 0):.0f} bpm'
     with warnings.catch_warnings():                                # letters that the font lacks, sounds shorter than a window
         warnings.simplefilter('ignore')
         fig = plot_solo(solo, backing, truth.get('chords', ()), f'SaxGPT over {name}')

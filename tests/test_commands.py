@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 import soundfile as sf
 
 from saxgpt.audio import load_mono, resample
-from saxgpt.data.dataset import CodesDataset
+from saxgpt.data.dataset import SPLITS, CodesDataset, split_of
+from saxgpt.data.download import find_recordings, ingest
 from saxgpt.demo import demo_backing, make_corpus
 from saxgpt.files import read_jsonl, read_tensors
 
@@ -116,11 +118,13 @@ tiny = ['model.d_model=32', 'model.nhead=2', 'model.num_encoder_layers=1', 'mode
 def dataset(tmp_path_factory):
     "A demo corpus of a few minutes, taken all the way to datasets by the pipeline's command."
     d = tmp_path_factory.mktemp('data')
-    make_corpus(d/'corpus', 4, seed=5, n_jobs=2, drawn=0)                        # four recordings that fall into all three splits
+    make_corpus(d/'corpus', 4, seed=5, n_jobs=2)
+    ids = [ingest(r, d/'1')['id'] for r in find_recordings(d/'corpus')]
+    seed = next(s for s in count() if {split_of(i, s, .3, .3) for i in ids} == set(SPLITS))
     paths = [f'data_paths.{k}={d/v}' for k, v in dict(dl_dir='1', stems_dir='2', metadata_path='3.csv', clips_dir='4', aug_dir='5', codes_dir='6',
                                                       datasets_dir='7').items()]
     settings = [f'source={d/"corpus"}', *paths, 'rms_window.min_window_size_seconds=12', 'dataset.seq_len=300', 'dataset.stride=150',
-                'train_test_split.val=0.3', 'train_test_split.test=0.3', 'train_test_split.seed=3']
+                'train_test_split.val=0.3', 'train_test_split.test=0.3', f'train_test_split.seed={seed}']
     first = run('saxgpt.pipeline', '--config', 'demo', *settings)
     hashes = {p.name: p.read_bytes() for p in (d/'7').glob('*.safetensors')}
     run('saxgpt.pipeline', '--config', 'demo', *settings)

@@ -120,8 +120,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.half is torch.float16)
         self.step = self.skipped = self.overflows = self.stop = self.since = self.frames = 0
         self.sums, self.bad = torch.zeros(cfg.model.num_codebooks + 2, device=world.device), torch.zeros((), device=world.device)
-        w = torch.tensor(t.codebook_weights or [1.]*cfg.model.num_codebooks, device=world.device)
-        self.emphasis = w/w.mean()                                     # (K,)
+        w = torch.tensor(t.codebook_weights or [1.]*cfg.model.num_codebooks, dtype=torch.float64)
+        self.emphasis = (w/w.mean()).float().to(world.device)          # (K,)
         self.whole = False                                             # whether `last` can be relied on
         self.taken, self.moved = [], False                             # steps since the last look at `bad`; whether the last one counted
         self.best, self.val, self.val_due, self.last_loss = math.inf, None, False, None
