@@ -50,7 +50,7 @@ prepare: env
 lab: env
 	$(V)/jupyter lab nbs
 
-# The bundled codec and model from nothing: four hours on two cores, 90 GB of disk. The codec hears 5 h. Then come short windows, where
+# The bundled codec and model from nothing: about six hours on two cores, 90 GB of disk. The codec hears 5 h. Then come short windows, where
 # attention is cheap, first of tunes on nine forms, then of tunes with changes of their own; and at last the full 30 s.
 FORMS := data/forms
 DEMO := data/demo
@@ -71,10 +71,10 @@ weights: env
 		training.history.hold=800 training.history.ramp=2000 training.val_interval=1600
 	$(V)/python -m saxgpt.training.checkpoint models/forms/checkpoints/last models/forms/weights
 	$(TRAIN) data.train_path=$(SHORT)/train.safetensors data.val_path=$(SHORT)/val.safetensors training.output_dir=models/short \
-		training.resume_from_checkpoint=models/forms/weights training.max_steps=3000 training.scheduler.total_steps=5500 \
+		training.resume_from_checkpoint=models/forms/weights training.max_steps=9349 training.scheduler.total_steps=14000 \
 		training.scheduler.warmup_steps=50 training.history.first=0.1 training.val_interval=1000
 	$(V)/python -m saxgpt.training.checkpoint models/short/checkpoints/last models/short/weights
-	$(TRAIN) training.resume_from_checkpoint=models/short/weights training.max_steps=1200 training.batch_size=1 training.optimizer.lr=0.0012 \
+	$(TRAIN) training.resume_from_checkpoint=models/short/weights training.max_steps=1200 training.batch_size=1 training.optimizer.lr=0.001 \
 		training.scheduler.warmup_steps=50 training.history.first=0.1 training.val_interval=400
 	$(V)/python -m saxgpt.training.checkpoint models/demo/checkpoints/best saxgpt/weights/xsmall
 	$(V)/saxgpt sweep --config demo --checkpoint saxgpt/weights/xsmall --output-dir out/sweep --n 24 && cp out/sweep/sweep.json saxgpt/weights/xsmall/

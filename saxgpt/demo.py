@@ -625,17 +625,17 @@ def make_corpus(
 # %% ../nbs/12_demo.ipynb #d22de90b
 def write_demo_backing(
     folder=None, # where to, the package's weights/demo when absent
-)->Path: # backing.opus
+)->Path: # backing.ogg
     "Make the bundled backing track again."
     folder = Path(folder or weights_dir()/'demo')
     tune = compose([0, 132], 31, form='ii-V-I cycle', key=5, bpm=132)
     with atomic_path(folder/'backing.json') as p: p.write_text(json.dumps(truth_of(tune)))
-    return write_audio(folder/'backing.opus', render(tune)[1])
+    return write_audio(folder/'backing.ogg', render(tune)[1])
 
 def demo_backing()->tuple[Path, dict]: # audio file, truth
     "The bundled backing track and what is known about it."
     folder = weights_dir()/'demo'
-    return folder/'backing.opus', json.loads((folder/'backing.json').read_text())
+    return folder/'backing.ogg', json.loads((folder/'backing.json').read_text())
 
 # %% ../nbs/12_demo.ipynb #0d45bc82
 def tiny_demucs(

@@ -100,8 +100,8 @@ def sample(
     "A single choice, see `Sampler`."
     return Sampler(temperature, top_k, top_p, logits.shape[1])(logits, generators)
 
-# %% ../nbs/08a_sampling.ipynb #0544e41b
-PLAYED = dict(temperature=.4, top_k=250, top_p=0., guidance=1.5)
+# %% ../nbs/08a_sampling.ipynb #388244a8
+PLAYED = dict(temperature=.2, top_k=250, top_p=0., guidance=1.5)
 UNGUIDED = PLAYED | dict(temperature=.8, guidance=1.)
 
 def settled(

@@ -19,8 +19,8 @@ from .evaluate import Judge, Store, TestSet, clean, make_plan, plain, play, play
 from .files import locked, write_text
 from .training.checkpoint import load_model
 
-# %% ../nbs/09e_sweep.ipynb #abcd102e
-TEMPERATURES, GUIDANCES = (.4, .6, .8, 1.), (1., 1.25, 1.5, 2., 3.)
+# %% ../nbs/09e_sweep.ipynb #ceb0ab8c
+TEMPERATURES, GUIDANCES = (.2, .4, .6, .8, 1.), (1., 1.25, 1.5, 2., 3.)
 GRID = [dict(temperature=t, top_k=250, top_p=0., guidance=g) for t, g in product(TEMPERATURES, GUIDANCES)]
 GRID += [dict(temperature=1., top_k=k, top_p=p, guidance=2.) for k, p in ((50, 0.), (0, .9))]
 
