@@ -131,7 +131,7 @@ def test_interrupted_killed_and_started_again_ends_the_same(data, whole, tmp_pat
 def test_two_checkpoints_side_by_side(data, whole, tmp_path):
     model = load_model('bundled')[0]
     w = model.heads.proj.weight
-    with torch.no_grad(): w.add_(.1*w.std()*torch.randn(w.shape, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad(): w.mul_(.5)                       # half as sure of everything
     give_away(model, tmp_path/'worse')
     shutil.copytree(whole[0], tmp_path/'out')                    # its pieces serve here, too
     run(*command(data, tmp_path/'out', '--against', tmp_path/'worse'))
