@@ -12,14 +12,17 @@ ENV PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
-# What changes seldom comes first: the libraries that settings.ini names, with the extra [vertex].
-# PyPI's torch is built for CUDA 13, which knows Turing (T4) and younger. V100, P100 and P4 need CUDA=cu126, with drivers of 2024 too.
+# What changes seldom comes first: the libraries that settings.ini names, with the extra [vertex], in the versions of requirements.lock.
+# PyPI's torch is built for CUDA 13, which knows Turing (T4) and younger. V100, P100 and P4 need CUDA=cu126, with drivers of 2024 too:
+# another build of the same version, so with hashes of its own.
 ARG CUDA=
 WORKDIR /app
-COPY settings.ini ./
-RUN python -c "from configparser import ConfigParser as C; c = C(delimiters=['=']); c.read('settings.ini'); d = c['DEFAULT']; \
+COPY settings.ini requirements.lock ./
+RUN sed -n '/^uv==/,/[^\\]$/p' requirements.lock > uv.txt && pip install --no-deps --require-hashes -r uv.txt \
+    && python -c "from configparser import ConfigParser as C; c = C(delimiters=['=']); c.read('settings.ini'); d = c['DEFAULT']; \
 print('\n'.join((d['requirements'] + ' ' + d['vertex_requirements']).split()))" > requirements.txt \
-    && pip install ${CUDA:+--extra-index-url "https://download.pytorch.org/whl/$CUDA"} -r requirements.txt
+    && uv pip install --system --no-cache --compile-bytecode ${CUDA:+--torch-backend "$CUDA" --no-verify-hashes} \
+       -c requirements.lock -b requirements.lock -r requirements.txt
 
 COPY setup.py MANIFEST.in README.md LICENSE CHANGELOG.md ./
 COPY saxgpt ./saxgpt

@@ -6,26 +6,48 @@ PYTHON ?= python3
 BACKING ?= demo
 SHELL := /bin/bash
 V := .venv/bin
-# The environment is made once, and made anew when the files that describe it change.
-STAMP := .venv/.made-$(shell cat settings.ini setup.py | sha256sum | cut -c1-16)
-# What the FAD test runs asks for numpy 1 and does without it; it comes alone, and [dev] lists what it imports.
-FAD := frechet-audio-distance==0.3.4 laion_clap==1.1.7
+# The environment is made once, and anew when the files that describe it change. `core` plays and trains, `env` adds the tests and the notebooks.
+# Versions and hashes are those of requirements.lock. uv installs them in a fraction of pip's time; INSTALLER=pip does without it.
+INSTALLER ?= uv
+KEY := $(shell cat requirements.lock settings.ini setup.py | sha256sum | cut -c1-16)
+CORE := .venv/.core-$(KEY)
+FULL := .venv/.full-$(KEY)
+PIP := $(V)/pip install -q --disable-pip-version-check
+UV := $(V)/uv pip install -q --python $(V)/python -b requirements.lock
 
-.PHONY: solo test env sync notebooks readme prepare export weights lab image
+.PHONY: solo test core env lock sync notebooks readme prepare export weights lab image
 
-solo: env
+solo: core
 	@$(V)/python -m saxgpt.generate "$(BACKING)" -o out/solo.wav --mix out/mix.wav --plot out/solo.png
 
 test: env sync notebooks
 	$(V)/python -m pytest -q -n 2 --dist loadfile -o tmp_path_retention_policy=failed tests
 
-env: $(STAMP)
-$(STAMP):
-	@echo "Making the environment in .venv (a few minutes, once)"
+core: $(CORE)
+$(CORE):
+	@echo "Making the environment in .venv (a minute or two, once; 6 GB)"
 	@rm -rf .venv && $(PYTHON) -m venv .venv
-	@$(V)/pip install -q --disable-pip-version-check -e '.[dev]' 2> >(grep -v '^WARNING: Location' >&2)
-	@$(V)/pip install -q --disable-pip-version-check --no-deps $(FAD) 2> >(grep -v '^WARNING: Location' >&2)
-	@touch $(STAMP)
+ifeq ($(INSTALLER),uv)
+	@$(PIP) --no-deps --require-hashes -r <(sed -n '/^uv==/,/[^\\]$$/p' requirements.lock)
+	@$(UV) -c requirements.lock -e .
+else
+	@$(PIP) -c <(sed 's/ *\\$$//; /--hash/d' requirements.lock) -e .
+endif
+	@touch $@
+
+env: $(FULL)
+$(FULL): $(CORE)
+ifeq ($(INSTALLER),uv)
+	@$(UV) --no-deps --require-hashes -r requirements.lock
+else
+	@$(PIP) --no-deps --require-hashes -r requirements.lock
+endif
+	@touch $@
+
+# After a change in settings.ini. UPGRADE=1: the newest versions that it allows.
+lock: core
+	@$(V)/python -c 'import uv' 2> /dev/null || $(PIP) uv
+	$(V)/python tests/lock.py $(if $(UPGRADE),--upgrade)
 
 # Notebooks clean, package and README made from them: nothing may differ from what is committed.
 sync: env

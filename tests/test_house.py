@@ -68,7 +68,7 @@ def test_one_notebook_makes_one_module():
 
 
 def test_nothing_else_at_the_top():
-    allowed = set('nbs saxgpt tests settings.ini setup.py _quarto.yml README.md Makefile LICENSE CHANGELOG.md Dockerfile MANIFEST.in '
+    allowed = set('nbs saxgpt tests settings.ini setup.py requirements.lock _quarto.yml README.md Makefile LICENSE CHANGELOG.md Dockerfile MANIFEST.in '
                   '.ci .github .gitignore .dockerignore .gitattributes'.split())
     tracked = subprocess.run(['git', 'ls-files'], cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
     assert {f.split('/')[0] for f in tracked} <= allowed
