@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'PLAYABLE', 'AudioError', 'resample', 'plot_spectrogram', 'to_mono', 'read_audio', 'load_mono',
-           'resampled', 'Stream', 'stream', 'probe', 'write_audio', 'write_stream', 'Spool', 'loudness',
-           'normalize_loudness', 'LoudnessMeter', 'mix', 'log_mel', 'player']
+           'resampled', 'Stream', 'stream', 'probe', 'write_audio', 'write_stream', 'Spool', 'KWeighting',
+           'LoudnessMeter', 'loudness', 'normalize_loudness', 'mix', 'log_mel', 'player']
 
 # %% ../nbs/11_audio.ipynb #31bfaf77
 import io, math, os, tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import av, librosa, numpy as np, pyloudnorm, scipy.signal, soundfile as sf, soxr
-import matplotlib.pyplot as plt
-from IPython.display import Audio
+import librosa, numpy as np, soundfile as sf, soxr
 
 from .files import WriteError, atomic_path
 
@@ -40,6 +38,7 @@ def _av_blocks(
     told, # gets `sr` (Hz) and `promised` (seconds)
 ): # yields (C,n)
     "Sound by FFmpeg, frame by frame."
+    import av
     with av.open(_nameless(f), options={'protocol_whitelist': 'none'}) as c:
         if not c.streams.audio: return
         st, to_float = c.streams.audio[0], av.AudioResampler(format='fltp')
@@ -124,6 +123,11 @@ def _complete(
     if missing := _missing_bytes(path): raise AudioError(
         f'{path}: truncated, its last {missing} bytes are missing; copy or download it again')
 
+def _undecodable(e):
+    "Whether an error is one that decoders have with a file."
+    import av                                                        # FFmpeg has errors of its own
+    return isinstance(e, (av.error.FFmpegError, OSError, ValueError, RuntimeError, MemoryError))
+
 def _heard(
     path, # any audio file
     told, # gets `sr` and `promised`
@@ -141,7 +145,8 @@ def _heard(
                 n += x.shape[1]
                 if n >= seconds*(told.sr or 1): return
         except AudioError: raise
-        except (av.error.FFmpegError, OSError, ValueError, RuntimeError, MemoryError) as e:
+        except Exception as e:
+            if not _undecodable(e): raise
             raise AudioError(f'{path}: cannot be decoded ({type(e).__name__}); it is not audio, or damaged: {PLAYABLE}') from None
     _complete(path, n, told)
 
@@ -164,6 +169,7 @@ def plot_spectrogram(
     fmax:int=8000, # highest frequency shown, Hz
 ): # the axes
     "Spectrogram of the mono sum, 60 dB deep in steps of 5 dB."
+    import matplotlib.pyplot as plt
     ax, hop = ax or plt.subplots(figsize=(7, 2.5))[1], max(128, x.shape[1]//400)
     S = np.abs(librosa.stft(to_mono(x)[0], n_fft=1024 if hop < 1024 else 2048, hop_length=hop))
     db = librosa.amplitude_to_db(S, ref=max(S.max(), 1e-6), top_db=60)
@@ -362,20 +368,74 @@ class Spool:
         self.file.seek(0)
         while b := self.file.read(4*self.channels*n): yield np.frombuffer(b, 'f4').reshape(-1, self.channels).T
 
+# %% ../nbs/11_audio.ipynb #39c54c2e
+class KWeighting:
+    "The frequency weighting of ITU-R BS.1770, for a sound given in blocks."
+    def __init__(self, sr:int=SAMPLE_RATE):
+        self.before, self.tail = math.ceil(sr/8), None           # samples that the filters remember
+        self.n_fft = 16*2**math.ceil(math.log2(self.before))
+        z = np.exp(-2j*np.pi*np.arange(self.n_fft//2 + 1)/self.n_fft)
+        def biquad(b, a): return np.polyval(b[::-1], z)/np.polyval(a[::-1], z)
+        A, c, s = 10**(4/40), np.cos(2*np.pi*1500/sr), np.sin(2*np.pi*1500/sr)
+        p, m, root = A + 1 + (A - 1)*c, A + 1 - (A - 1)*c, np.sqrt(2*A)*s
+        shelf = A*biquad([p + root, -2*(A - 1 + (A + 1)*c), p - root],
+                         [m + root, 2*(A - 1 - (A + 1)*c), m - root])
+        c, s = np.cos(2*np.pi*38/sr), np.sin(2*np.pi*38/sr)             # of the high-pass
+        self.response = shelf*(1 + c)/2*biquad([1, -2, 1], [1 + s, -2*c, 1 - s])
+
+    def __call__(self,
+        x:np.ndarray, # (C,n), the next block
+    )->np.ndarray: # (C,n) float64
+        "The block, weighted."
+        if self.tail is None: self.tail = np.zeros((len(x), self.before))
+        x, y = np.concatenate([self.tail, x], 1), [x[:, :0]]
+        for i in range(0, x.shape[1] - self.before, self.n_fft - self.before):
+            part = x[:, i:i + self.n_fft]
+            spectrum = np.fft.rfft(part, self.n_fft)*self.response
+            y.append(np.fft.irfft(spectrum, self.n_fft)[:, self.before:part.shape[1]])
+        self.tail = x[:, x.shape[1] - self.before:]
+        return np.concatenate(y, 1)
+
+# %% ../nbs/11_audio.ipynb #9d0babbd
+class LoudnessMeter:
+    "Integrated loudness (ITU-R BS.1770) of a sound given in blocks, below 0.4 s measured whole."
+    def __init__(self, sr:int=SAMPLE_RATE):
+        self.sr, self.n, self.powers, self.weight, self.rest = sr, 0, [], KWeighting(sr), None
+
+    def add(self,
+        x:np.ndarray, # (C,n)
+    ):
+        "Go on with the next block."
+        x = self.weight(np.asarray(x[:5], 'f8'))
+        if self.rest is None: self.rest = x[:, :0]
+        x, done = np.concatenate([self.rest, x], 1), self.n - self.rest.shape[1]
+        self.n = done + x.shape[1]
+        tenths = range(len(self.powers), int(10*self.n/self.sr) + 2)
+        edges = np.array([e for j in tenths if (e := int(.4*(j*.25)*self.sr)) <= self.n]) - done
+        self.powers += [np.square(x[:, a:b]).sum(1) for a, b in zip(edges, edges[1:])]
+        self.rest = x[:, edges[-1]:]
+
+    @property
+    def value(self)->float: # LUFS, -inf for silence
+        if not self.n: return -np.inf
+        cells = np.array([*self.powers, np.square(self.rest).sum(1), *np.zeros((3, len(self.rest)))])
+        n = max(1, int(np.round((self.n/self.sr - .4)/.1)) + 1)
+        z = sum(cells[j:j + n] for j in range(4))/min(.4*self.sr, self.n)
+        power = z @ np.array([1, 1, 1, 1.41, 1.41])[:z.shape[1]]
+        level = lambda p: -.691 + 10*np.log10(np.maximum(p, 1e-30))
+        loud = power[level(power) >= -70]
+        loud = loud[level(loud) > level(loud.mean()) - 10] if len(loud) else loud
+        return float(level(loud.mean())) if len(loud) else -np.inf
+
 # %% ../nbs/11_audio.ipynb #af7c495d
 def loudness(
     x:np.ndarray, # (C,N)
     sr:int=SAMPLE_RATE, # Hz
 )->float: # LUFS, -inf for silence
-    "Integrated loudness (ITU-R BS.1770); a sound below 0.4 s is one block."
-    if not x.size or not np.any(x): return -np.inf
-    if x.shape[1] > 300*sr:                                          # block by block: the filters work in double precision
-        long = LoudnessMeter(sr)
-        for i in range(0, x.shape[1], 30*sr): long.add(x[:, i:i + 30*sr])
-        return long.value
-    meter = pyloudnorm.Meter(sr, block_size=min(.4, (x.shape[1] - .5)/sr))
-    with np.errstate(divide='ignore', invalid='ignore'): l = meter.integrated_loudness(x[:5].T.astype('f8'))
-    return float(l) if np.isfinite(l) else -np.inf
+    "Integrated loudness (ITU-R BS.1770); a sound below 0.4 s is measured whole."
+    meter = LoudnessMeter(sr)
+    for i in range(0, x.shape[1], 30*sr): meter.add(x[:, i:i + 30*sr])   # which becomes float64
+    return meter.value
 
 def normalize_loudness(
     x:np.ndarray, # (C,N)
@@ -388,41 +448,6 @@ def normalize_loudness(
     if l == -np.inf: return x
     x = x*np.float32(10**((target - l)/20))
     return x*np.float32(min(1., peak/np.abs(x).max()))
-
-# %% ../nbs/11_audio.ipynb #9d0babbd
-class LoudnessMeter:
-    "Integrated loudness (ITU-R BS.1770) of a sound given in blocks, as `loudness` of the whole."
-    def __init__(self, sr:int=SAMPLE_RATE):
-        self.sr, self.n, self.powers, self.state, self.rest = sr, 0, [], None, None
-        self.filters = list(pyloudnorm.Meter(sr)._filters.values())
-
-    def add(self,
-        x:np.ndarray, # (C,n)
-    ):
-        "Go on with the next block."
-        x = np.asarray(x[:5], 'f8')
-        if self.state is None: self.state, self.rest = [np.zeros((len(x), len(f.b) - 1)) for f in self.filters], x[:, :0]
-        if self.n < .5*self.sr: self.head = np.concatenate([self.head, x], 1) if self.n else x     # a very short sound is one block
-        for i, f in enumerate(self.filters):
-            x, self.state[i] = scipy.signal.lfilter(f.b, f.a, x, zi=self.state[i])
-            x = x*f.passband_gain
-        x, done = np.concatenate([self.rest, x], 1), self.n - self.rest.shape[1]
-        self.n = done + x.shape[1]
-        edges = np.array([e for e in (int(.1*j*self.sr) for j in range(len(self.powers), int(10*self.n/self.sr) + 2)) if e <= self.n]) - done
-        self.powers += [np.square(x[:, a:b]).sum(1) for a, b in zip(edges, edges[1:])]
-        self.rest = x[:, edges[-1]:]
-
-    @property
-    def value(self)->float: # LUFS, -inf for silence
-        if self.n < .5*self.sr: return loudness(self.head, self.sr) if self.n else -np.inf
-        cells = np.array([*self.powers, np.square(self.rest).sum(1), *np.zeros((3, len(self.rest)))])
-        n = int(np.round((self.n/self.sr - .4)/.1)) + 1
-        z = sum(cells[j:j + n] for j in range(4))/(.4*self.sr)
-        power = z @ np.array([1, 1, 1, 1.41, 1.41])[:z.shape[1]]
-        level = lambda p: -.691 + 10*np.log10(np.maximum(p, 1e-30))
-        loud = power[level(power) >= -70]
-        loud = loud[level(loud) > level(loud.mean()) - 10] if len(loud) else loud
-        return float(level(loud.mean())) if len(loud) else -np.inf
 
 # %% ../nbs/11_audio.ipynb #e0934af7
 def mix(
@@ -456,8 +481,9 @@ def player(
     x:np.ndarray, # (C,N)
     sr:int=SAMPLE_RATE, # Hz
     seconds:float=3, # at most this much
-)->Audio: # for a notebook
+): # an `IPython.display.Audio`, for a notebook
     "A player small enough to be stored in a notebook: the start of the sound, as mp3."
+    from IPython.display import Audio
     x, buf = to_mono(x)[:, :int(seconds*sr)], io.BytesIO()
     sf.write(buf, x.T/max(1., np.abs(x).max()), sr, format='MP3', subtype='MPEG_LAYER_III')
     out = Audio(data=buf.getvalue())

@@ -14,7 +14,7 @@ import json, math, re, warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import librosa, numpy as np, torch
+import numpy as np, torch
 from fastcore.basics import patch
 from torch import nn
 
@@ -137,7 +137,12 @@ def mel_bands(
     s:MelSettings,
 )->torch.Tensor: # (M,F) float64, rows sum to 1
     "Triangular filters over the bins of an FFT, evenly spaced in mels."
-    bands = librosa.filters.mel(sr=32_000, n_fft=s.n_fft, n_mels=s.n_mels, fmin=s.fmin, fmax=s.fmax, norm=None, dtype=np.float64)
+    step, log_step, knee = 200/3, np.log(6.4)/27, 1000/(200/3)          # Hz, ln Hz, mels
+    def to_mel(hz): return hz/step if hz < 1000 else knee + np.log(hz/1000)/log_step
+    mels = np.linspace(to_mel(s.fmin), to_mel(s.fmax), s.n_mels + 2)
+    edges = np.where(mels < knee, mels*step, 1000*np.exp(log_step*(mels - knee)))    # (M+2,) Hz
+    ramps, width = edges[:, None] - np.fft.rfftfreq(s.n_fft, 1/32_000), np.diff(edges)[:, None]
+    bands = np.minimum(-ramps[:-2]/width[:-1], ramps[2:]/width[1:]).clip(0)      # rise, then fall
     return torch.tensor(bands/bands.sum(1, keepdims=True))
 
 # %% ../nbs/04a_codec.ipynb #bad7b208

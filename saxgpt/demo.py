@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.signal import lfilter
 
 from .audio import SAMPLE_RATE, write_audio
 from .config import command, weights_dir
@@ -490,6 +489,7 @@ def low_pass(
     hertz:float, # corner
 )->np.ndarray: # (n,)
     "Second-order Butterworth low-pass."
+    from scipy.signal import lfilter        # slow to import, and not needed to play
     if hertz > .45*SAMPLE_RATE: return x
     k = np.tan(np.pi*hertz/SAMPLE_RATE); a = 1/(1 + np.sqrt(2)*k + k*k)
     return lfilter([k*k*a, 2*k*k*a, k*k*a], [1, 2*(k*k - 1)*a, (1 - np.sqrt(2)*k + k*k)*a], x).astype('f4')

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import librosa, numpy as np, torch
-import matplotlib.pyplot as plt
 from fastcore.script import Param
 from torch import Tensor
 from tqdm import tqdm
@@ -162,6 +161,7 @@ def plot_solo(
     title:str='', # Above everything
 ): # matplotlib figure
     "The line over its chords, and the spectrograms of solo and backing."
+    import matplotlib.pyplot as plt
     until, (times, midi) = solo.shape[1]/SAMPLE_RATE, pitch_track(solo)
     heard = midi[np.isfinite(midi)]
     lo, hi = (int(f(np.percentile(heard, p))) + d for f, p, d in ((np.floor, 1, -3), (np.ceil, 99, 4))) if len(heard) else (48, 84)
@@ -244,6 +244,7 @@ def write_solo(
     name:str, # For the title of the picture
 ):
     "Write a solo, alone and with its backing, and its picture, of a long one of the first minute."
+    import matplotlib.pyplot as plt
     solo, backing = normalize_loudness(solo), normalize_loudness(backing)
     write_audio(paths[0], solo)
     write_audio(paths[1], mix_audio(solo, backing))

@@ -13,7 +13,6 @@ __all__ = ['FEW', 'codebook_cross_entropy', 'codebook_accuracy', 'perplexity', '
 import math
 import numpy as np
 import torch
-from scipy.special import stdtrit
 
 # %% ../nbs/09a_metrics.ipynb #33752dcd
 def _pieces(
@@ -221,11 +220,15 @@ def apa(
 # %% ../nbs/09a_metrics.ipynb #bbd972d0
 FEW = 8 # groups below which the bootstrap is too narrow
 
+def _quantile(df, p): # of Student's t distribution
+    from scipy.special import stdtrit       # slow to import, and not needed to play
+    return stdtrit(df, p)
+
 def _t_interval(v, g, level): # of the mean of groups of unequal sizes
     n = g.max() + 1
     if n < 2: return math.nan, math.nan
     rest = np.bincount(g, v - v.mean())
-    wide = stdtrit(n - 1, .5 + level/2)*math.sqrt(n/(n - 1)*(rest**2).sum())/len(v)
+    wide = _quantile(n - 1, .5 + level/2)*math.sqrt(n/(n - 1)*(rest**2).sum())/len(v)
     return float(v.mean() - wide), float(v.mean() + wide)
 
 def wilson(
@@ -234,7 +237,7 @@ def wilson(
     level:float=.95,
 )->tuple: # low, high
     "Interval of a share (Wilson 1927)."
-    z = stdtrit(1e9, .5 + level/2)
+    z = _quantile(1e9, .5 + level/2)
     mid, wide = (share + z*z/(2*n))/(1 + z*z/n), z/(1 + z*z/n)*math.sqrt(share*(1 - share)/n + z*z/(4*n*n))
     return max(0., float(mid - wide)), min(1., float(mid + wide))
 
@@ -273,7 +276,7 @@ def jackknife(
     parts = np.array_split(np.random.default_rng(seed).permutation(n), min(blocks, n))
     got = np.array([fn(np.setdiff1d(np.arange(n), p)) for p in parts])
     g, value = len(parts), fn(np.arange(n)) if value is None else value
-    wide = stdtrit(g - 1, .5 + level/2)*np.sqrt((g - 1)/g*((got - got.mean(0))**2).sum(0))
+    wide = _quantile(g - 1, .5 + level/2)*np.sqrt((g - 1)/g*((got - got.mean(0))**2).sum(0))
     return value - wide, value + wide
 
 # %% ../nbs/09a_metrics.ipynb #f5f74dea

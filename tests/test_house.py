@@ -2,7 +2,9 @@
 import ast
 import importlib
 import json
+import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -130,19 +132,67 @@ def test_readme_commands_exist():
         assert name in commands or name == 'training', name
 
 
-def test_importing_saxgpt_touches_no_audio_io_of_torchaudio():
-    code = 'import sys, saxgpt.generate, saxgpt.audio; sys.exit("torchaudio" in sys.modules)'
-    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+def packages():
+    "Everything that saxgpt imports, by the names of the packages."
+    for path in modules:
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Import): yield from (a.name.split('.')[0] for a in node.names)
+            if isinstance(node, ast.ImportFrom) and not node.level: yield node.module.split('.')[0]
 
 
+@pytest.fixture(scope='module')
+def nothing_installed(tmp_path_factory):
+    "The environment of a process for which every package that takes time to import is broken."
+    folder = tmp_path_factory.mktemp('broken')
+    slow = {*packages()} - {'saxgpt', 'fastcore', *sys.stdlib_module_names}
+    for name in slow: (folder/f'{name}.py').write_text('raise ImportError("help needs no package")')
+    assert {'torch', 'numpy', 'librosa', 'matplotlib', 'pydantic'} <= slow
+    path = [str(folder), *filter(None, [os.environ.get('PYTHONPATH')])]
+    return dict(os.environ, PYTHONPATH=os.pathsep.join(path), COLUMNS='100')
+
+
+def help_of(name, monkeypatch, capsys):
+    "The help that the command prints where its imports are real."
+    monkeypatch.setenv('COLUMNS', '100')
+    monkeypatch.setattr(sys, 'argv', [name, '--help'])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f'saxgpt.{name}', run_name='__main__', alter_sys=True)
+    assert not end.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings('ignore:.*found in sys.modules')
 @pytest.mark.parametrize('name', commands)
-def test_command_starts(name):
-    r = subprocess.run([sys.executable, '-m', f'saxgpt.{name}', '--help'], capture_output=True, text=True)
+def test_help_imports_nothing_slow(name, nothing_installed, monkeypatch, capsys):
+    r = subprocess.run([sys.executable, '-m', f'saxgpt.{name}', '--help'],
+                       capture_output=True, text=True, env=nothing_installed)
     assert r.returncode == 0 and 'usage' in r.stdout, r.stderr
+    assert r.stdout == help_of(name, monkeypatch, capsys)
 
 
-def test_console_script():
+def test_a_solo_begins_without_slow_imports():
+    "Up to the first sound of a solo, beside what torch itself imports."
+    code = '''
+import sys, torch
+before = {*sys.modules}
+from saxgpt.generate import load_codec, load_model, read_backing, stream
+model, about = load_model()
+next(stream(model, load_codec(about["codec_name"]), read_backing("demo", 1)[1], seconds=.1))
+print(*{*sys.modules} - before)'''
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    slow = ('scipy matplotlib pyloudnorm numba librosa.core pandas sklearn IPython torchaudio '
+            'encodec demucs transformers huggingface_hub av fsspec sympy '
+            'torch._dynamo torch._inductor torch.distributed.elastic torch.onnx').split()
+    loaded = {m for m in r.stdout.split() if any(m == s or m.startswith(f'{s}.') for s in slow)}
+    assert 'saxgpt.generate' in r.stdout and not loaded, loaded
+
+
+def test_console_script(nothing_installed):
     saxgpt = Path(sys.executable).with_name('saxgpt')
     assert 'generate' in subprocess.run([saxgpt], capture_output=True, text=True).stdout
+    r = subprocess.run([saxgpt, 'evaluate', '--help'],
+                       capture_output=True, text=True, env=nothing_installed)
+    assert r.returncode == 0 and 'saxgpt evaluate' in r.stdout, r.stderr
     r = subprocess.run([saxgpt, 'train', '--config', 'no-such-config'], capture_output=True, text=True)
     assert r.returncode == 2 and r.stderr.count('\n') == 1 and 'no-such-config' in r.stderr, r.stderr

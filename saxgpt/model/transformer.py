@@ -9,7 +9,6 @@ __all__ = ['real_steps', 'Memory', 'SaxGPT', 'next_step_loss']
 import torch, torch.nn.functional as F
 from dataclasses import dataclass
 from fastcore.basics import patch
-from huggingface_hub import ModelHubMixin
 from torch import nn, Tensor
 from ..config import ModelConfig
 from ..metrics import codebook_cross_entropy
@@ -41,8 +40,7 @@ class Memory:
         return Memory(self.x.expand(n, -1, -1), None if self.mask is None else self.mask.expand(n, -1))
 
 # %% ../../nbs/06_model.ipynb #1532e0be
-class SaxGPT(nn.Module, ModelHubMixin, library_name='saxgpt', tags=['audio', 'music', 'saxophone'], license='apache-2.0',
-             repo_url='https://github.com/pqienso/SaxGPT'):
+class SaxGPT(nn.Module):
     "From the codes of a backing and of a lead so far to the logits of the lead's next step."
     def __init__(self,
         cfg:ModelConfig, # Architecture

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'CheckpointError', 'pack', 'unpack', 'versions', 'save_checkpoint', 'verify', 'load_weights', 'from_hub',
-           'load_model', 'load_trainer_state', 'give_away', 'export_weights', 'link_checkpoint', 'main']
+           'load_model', 'load_trainer_state', 'give_away', 'export_weights', 'hub_model', 'link_checkpoint', 'main']
 
 # %% ../../nbs/07b_checkpoint.ipynb #702248ca
 import json, os, platform, re, shutil
@@ -194,11 +194,28 @@ def export_weights(
     give_away(load_model(checkpoint)[0], out, dtype)
 
 # %% ../../nbs/07b_checkpoint.ipynb #db02ed20
+def hub_model(
+    model:SaxGPT, # from `load_model`
+): # a `huggingface_hub.ModelHubMixin`
+    "The model as `huggingface_hub` knows one: it saves half precision, hashes and a model card."
+    from huggingface_hub import ModelHubMixin
+    if not hasattr(model, 'about'): raise CheckpointError(
+        'a model that was not loaded from a checkpoint does not know its codec; '
+        'save it with save_checkpoint')
+    class HubModel(ModelHubMixin, library_name='saxgpt', tags=['audio', 'music', 'saxophone'],
+                   license='apache-2.0', repo_url='https://github.com/pqienso/SaxGPT'):
+        def _save_pretrained(self, folder): give_away(model, folder, card=model.card)
+    return HubModel()
+
 @patch
-def _save_pretrained(self:SaxGPT, save_directory):
-    "What `save_pretrained` and `push_to_hub` write: weights in half precision, config, hashes."
-    if not hasattr(self, 'about'): raise CheckpointError('a model that was not loaded from a checkpoint does not know its codec; save it with save_checkpoint')
-    give_away(self, save_directory, card=self.card)
+def save_pretrained(self:SaxGPT, folder, **more):
+    "Save as on the hub; `more` as for `ModelHubMixin.save_pretrained`."
+    return hub_model(self).save_pretrained(folder, **more)
+
+@patch
+def push_to_hub(self:SaxGPT, repo_id:str, **more):
+    "Upload as USER/NAME; `more`, such as `token`, as for `ModelHubMixin.push_to_hub`."
+    return hub_model(self).push_to_hub(repo_id, **more)
 
 @patch(cls_method=True)
 def from_pretrained(cls:SaxGPT, path, *, map_location='cpu', revision=None, cache_dir=None, force_download=False, local_files_only=False, token=None):
