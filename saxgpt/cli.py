@@ -40,6 +40,10 @@ def main(
     sys.argv = [f'saxgpt {name}', *rest]
     try: runpy.run_module(f'saxgpt.{name}', run_name='__main__', alter_sys=True)
     except KeyboardInterrupt: sys.exit(_fail('interrupted', 130))
+    except Exception as e:
+        from saxgpt.packages import broken_import
+        if (said := broken_import(e)) is None: raise
+        sys.exit(_fail(said))
 
 def _fail(text, status=2):
     print(f'saxgpt: {text}', file=sys.stderr)
