@@ -19,7 +19,8 @@ commands = dict(
     monitor='watch a training run',
     vertex='train on rented machines of Vertex AI',
     evaluate='say how well a checkpoint predicts, and whether it listens',
-    sweep='find out how bold it should play')
+    sweep='find out how bold it should play',
+    doctor='say what works here, and what to do about what does not')
 
 # %% ../nbs/15_cli.ipynb #e280e6d1
 def usage()->str:

@@ -26,7 +26,7 @@ layers = [
     {'training', 'monitor'},
     {'train', 'generate'},
     {'fit', 'fad', 'report', 'evaluate', 'sweep'},
-    {'pipeline', 'vertex', 'studio', 'cli'},
+    {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
 ]
 inside = {('audio', 'files'), ('remote', 'files'), ('config', 'remote'), ('data', 'codec'), ('model', 'model'), ('training', 'training'), ('evaluate', 'fit'),
           ('evaluate', 'fad'), ('evaluate', 'report'), ('report', 'fit'), ('sweep', 'evaluate')}
