@@ -22,7 +22,8 @@ commands = dict(
     monitor='watch a training run',
     vertex='train on rented machines of Vertex AI',
     evaluate='say how well a checkpoint predicts, and whether it listens',
-    sweep='find out how bold it should play')
+    sweep='find out how bold it should play',
+    doctor='say what works here, and what to do about what does not')
 
 # %% ../nbs/15_cli.ipynb #8d2c91f4
 class Mock(type):
@@ -74,6 +75,10 @@ def main(
     sys.argv = [f'saxgpt {name}', *rest]
     try: runpy.run_module(f'saxgpt.{name}', run_name='__main__', alter_sys=True)
     except KeyboardInterrupt: sys.exit(_fail('interrupted', 130))
+    except Exception as e:
+        from saxgpt.packages import broken_import
+        if (said := broken_import(e)) is None: raise
+        sys.exit(_fail(said))
 
 def _fail(text, status=2):
     print(f'saxgpt: {text}', file=sys.stderr)

@@ -6,8 +6,8 @@
 __all__ = ['CHUNK', 'HALF', 'HUB_REPO', 'ENCODEC_32KHZ', 'AVERAGES', 'CONTEXT', 'CodecError', 'CodecMismatch', 'Codec',
            'check_wav', 'check_codes', 'check_lengths', 'part', 'check_codec', 'MelSettings', 'mel_bands', 'magnitudes',
            'log_mel_frames', 'nearest', 'quantize', 'dequantize', 'linear_spectra', 'peak_phases', 'griffin_lim',
-           'chunk_frames', 'MelCodec', 'check_target', 'encodec_layers', 'to_encodec', 'in_chunks', 'at_lstm', 'Feed',
-           'by_length', 'lstm_step', 'EncodecCodec', 'exact', 'from_folder', 'fetch', 'load_codec']
+           'chunk_frames', 'MelCodec', 'check_target', 'import_encodec', 'encodec_layers', 'to_encodec', 'in_chunks',
+           'at_lstm', 'Feed', 'by_length', 'lstm_step', 'EncodecCodec', 'exact', 'from_folder', 'fetch', 'load_codec']
 
 # %% ../nbs/04a_codec.ipynb #926e6d74
 import json, math, re, warnings
@@ -20,6 +20,7 @@ from torch import nn
 
 from .config import weights_dir
 from .files import atomic_dir, content_hash, read_tensors, write_tensors
+from .packages import needs
 from .spectra import Spectra, load_spectra
 
 # %% ../nbs/04a_codec.ipynb #65269953
@@ -342,6 +343,14 @@ def load(cls:MelCodec,
         if getattr(codec, k) != said: raise CodecError(f'{folder}: the codec is damaged: its {of} do not fit its codec.json; fetch or fit it again')
     return codec
 
+# %% ../nbs/04a_codec.ipynb #e2558bb1
+def import_encodec()->tuple: # SEANetDecoder, SEANetEncoder, ResidualVectorQuantizer
+    "The parts of the package `encodec` that are used here; raises `CodecError`."
+    with needs('EnCodec', 'encodec', error=CodecError, otherwise='use the bundled codec'):
+        from encodec.modules import SEANetDecoder, SEANetEncoder
+        from encodec.quantization import ResidualVectorQuantizer
+    return SEANetDecoder, SEANetEncoder, ResidualVectorQuantizer
+
 # %% ../nbs/04a_codec.ipynb #4e88e333
 HUB_REPO = 'facebook/encodec_32khz'
 ENCODEC_32KHZ = dict(sampling_rate=32_000, audio_channels=1, normalize=False, upsampling_ratios=[8, 5, 4, 4], target_bandwidths=[2.2],
@@ -353,10 +362,7 @@ def encodec_layers(
     c:dict=ENCODEC_32KHZ, # keys as in config.json
 )->nn.ModuleDict: # encoder, decoder, quantizer, with random weights
     "The network of `encodec`, by the names of transformers' config."
-    try:
-        from encodec.modules import SEANetDecoder, SEANetEncoder
-        from encodec.quantization import ResidualVectorQuantizer
-    except ImportError as e: raise CodecError(f'encodec-32khz: needs the package encodec ({e}); pip install encodec, or use the bundled codec') from None
+    SEANetDecoder, SEANetEncoder, ResidualVectorQuantizer = import_encodec()
     common = dict(channels=c['audio_channels'], dimension=c['hidden_size'], n_filters=c['num_filters'], n_residual_layers=c['num_residual_layers'],
         ratios=list(c['upsampling_ratios']), norm=c['norm_type'], kernel_size=c['kernel_size'], last_kernel_size=c['last_kernel_size'],
         residual_kernel_size=c['residual_kernel_size'], dilation_base=c['dilation_growth_rate'], causal=c['use_causal_conv'],
@@ -557,7 +563,9 @@ def load_codec(
 )->Codec: # ready to encode and decode
     "The codec of this name; raises `CodecError`."
     if str(name) in ('bundled', 'mel-rvq'): codec = MelCodec.load(weights_dir()/'mel-rvq', chunk_len_s)
-    elif str(name) in ('encodec', 'encodec-32khz'): codec = from_folder(fetch(revision), chunk_len_s)
+    elif str(name) in ('encodec', 'encodec-32khz'):
+        import_encodec()                       # nobody waits for weights that cannot be used
+        codec = from_folder(fetch(revision), chunk_len_s)
     elif (Path(name)/'codec.json').is_file(): codec = MelCodec.load(name, chunk_len_s)
     elif Path(name).is_dir(): codec = from_folder(name, chunk_len_s)
     else: raise CodecError(f'{name}: there is no such codec; name bundled, encodec, or a folder that holds one')

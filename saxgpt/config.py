@@ -20,6 +20,7 @@ import yaml
 from fastcore.script import anno_parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .packages import broken_import
 from .remote import fetch, is_remote
 
 # %% ../nbs/10_config.ipynb #88fe1b7f
@@ -401,8 +402,11 @@ def usage_errors(
 ):
     "Turn expected errors into one line on stderr and exit status 2."
     try: yield
-    except (ValueError, OSError, *more) as e:
-        said = str(e) if not isinstance(e, OSError) or not e.filename else f'{e.filename}: {e.strerror}'
+    except Exception as e:
+        said = broken_import(e)
+        if said is None:
+            if not isinstance(e, (ValueError, OSError, *more)): raise
+            said = f'{e.filename}: {e.strerror}' if isinstance(e, OSError) and e.filename else str(e)
         print(f'saxgpt: {said}', file=sys.stderr)
         raise SystemExit(2) from e
 

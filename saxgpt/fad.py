@@ -16,6 +16,7 @@ from .audio import SAMPLE_RATE, normalize_loudness, resample
 from .codec import load_codec, log_mel_frames
 from .files import content_hash, read_tensors, write_tensors
 from .metrics import apa_of, frechet_distance, frechet_infinity, jackknife, kernel_distance
+from .packages import MORE, needs
 
 # %% ../nbs/09b_fad.ipynb #698f18c1
 SPAN = 25 # frames of the codec in a point: half a second
@@ -47,7 +48,8 @@ def work(
     from functools import partial
     socket.setdefaulttimeout(30)                                        # torch would wait for ever where nobody answers
     torch.hub.load = partial(torch.hub.load, trust_repo=True)           # whoever asks for VGGish asks for its code
-    from frechet_audio_distance import FrechetAudioDistance
+    with needs('frechet-audio-distance', extra='fad', error=FadError):
+        from frechet_audio_distance import FrechetAudioDistance
     rate, piece = EMBEDDERS[embedder]
     net, out = FrechetAudioDistance(weights or None, embedder, sample_rate=rate), {}
     for name, x in read_tensors(Path(folder)/'sounds.safetensors', 'np')[0].items():
@@ -75,7 +77,7 @@ def library_points(
 )->list: # of (n,d)
     "Embeddings by `frechet-audio-distance`; raises `FadError`."
     if importlib.util.find_spec('frechet_audio_distance') is None:
-        raise FadError(f"FAD with {embedder}: the package is not installed; pip install 'saxgpt[fad]'")
+        raise FadError(f"FAD with {embedder}: the package is not installed; pip install 'saxgpt[fad]'{MORE}")
     offline = embedder != 'clap' or not _online()
     env = os.environ | (dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1') if offline else {})
     env['PYTHONPATH'] = os.pathsep.join(p for p in sys.path if p)
@@ -86,6 +88,7 @@ def library_points(
         try: r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, d, embedder, str(weights or '')], env=env, text=True,
                                 stdin=subprocess.DEVNULL, capture_output=True, timeout=patience)
         except subprocess.TimeoutExpired: raise FadError(f'FAD with {embedder}: gave up after {patience:.0f} s') from None
+        if broken := re.search(r'^saxgpt\.fad\.FadError: (.+)', r.stderr, re.M): raise FadError(f'FAD with {embedder}: {broken[1]}')
         if r.returncode: raise FadError(f'FAD with {embedder}: {_why(r)}; its weights have to be fetched once by a machine that is online, '
                                         "or use the bundled codec's latents")
         points = read_tensors(Path(d)/'points.safetensors', 'np')[0]

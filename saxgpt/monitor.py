@@ -20,6 +20,7 @@ from fastcore.script import Param
 
 from .config import ConfigError, RunConfig, command, load_config
 from .files import atomic_path
+from .packages import needs
 
 # %% ../nbs/07e_monitor.ipynb #2b78cec1
 def number(
@@ -345,7 +346,7 @@ def plot_run(
     fig=None, # a matplotlib figure to draw into; None makes one
 ): # the figure
     "Curves of a run."
-    from matplotlib.figure import Figure
+    with needs('matplotlib'): from matplotlib.figure import Figure
     if fig is None: fig = Figure(figsize=(11, 5.5), layout='constrained')
     fig.clear()
     fig.suptitle(headline(run) if state(run) != 'waiting' else f'waiting for {run.path}', fontsize=9, wrap=True)
@@ -411,7 +412,7 @@ def live_window(
     every:float=5., # seconds
 ):
     "Curves in a window that follows the run, until it is closed."
-    import matplotlib.pyplot as plt
+    with needs('matplotlib'): import matplotlib.pyplot as plt
     run, fig = Run(folder), plt.figure(figsize=(11, 5.5), layout='constrained')
     if not fig.canvas.required_interactive_framework:
         plt.close(fig)
@@ -432,7 +433,7 @@ def live_widget(
     every:float=5., # seconds
 ): # an ipywidgets box
     "Curves in a notebook that follow the run."
-    import ipywidgets as widgets
+    with needs('ipywidgets'): import ipywidgets as widgets
     run, closed = Run(folder), threading.Event()
     image, button = widgets.Image(format='png'), widgets.Button(description='stop watching')
     def show(run): image.value = picture(run)

@@ -13,6 +13,7 @@ from pathlib import Path
 from fastcore.script import Param
 from .config import ConfigError, DataConfig, command, device_name, load_config, to_dict
 from .files import caught, content_hash, file_hash, is_name, locked, printable, read_jsonl, sweep, write_text
+from .packages import needs
 
 # %% ../nbs/13_pipeline.ipynb #56e03ba1
 STAGES = 'download', 'stems', 'windows', 'augment', 'codes', 'dataset'
@@ -79,8 +80,7 @@ class Ray:
     "Workers of a Ray cluster, in the place of `saxgpt.files.Processes`"
     def __init__(self, address:str, # of the cluster: auto, HOST:PORT, ray://HOST:PORT, or local to start one here
                  gpu:bool=False): # each item needs a GPU
-        try: import ray
-        except ImportError: raise ConfigError("--ray: Ray is not installed; pip install 'saxgpt[ray]'") from None
+        with needs('Ray', 'ray', 'ray', ConfigError): import ray
         try: ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level='ERROR')
         except (ConnectionError, ValueError, RuntimeError) as e:
             raise ConfigError(f'--ray: no Ray cluster lets us in at {address} ({type(e).__name__}); start one with ray start --head; '

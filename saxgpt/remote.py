@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 
 from .files import WriteError, atomic_path, content_hash, is_name, locked, printable, reason, say
+from .packages import needs
 
 # %% ../nbs/10b_remote.ipynb #b6f7bea9
 class RemoteError(OSError):
@@ -85,8 +86,9 @@ async def retrying(
 # %% ../nbs/10b_remote.ipynb #e5df7893
 def _login():
     "What gcsfs calls a token: Google's default login, or 'anon'."
-    import google.auth
-    from google.auth.exceptions import DefaultCredentialsError
+    with needs('google-auth, which gs:// needs,', 'google-auth', 'vertex', RemoteError):
+        import google.auth
+        from google.auth.exceptions import DefaultCredentialsError
     try: google.auth.default()
     except DefaultCredentialsError as e:
         if not os.environ.get('GOOGLE_APPLICATION_CREDENTIALS'): return 'anon'
@@ -113,8 +115,7 @@ def _patient():
 def _store(scheme, host, pid):      # a file system does not survive a fork: one for each process
     import fsspec
     if scheme == 'memory': return fsspec.filesystem('memory')
-    try: make = _patient()
-    except ImportError as e: raise RemoteError(f"gs:// needs gcsfs ({_why(e)}); pip install 'saxgpt[vertex]'") from None
+    with needs('gcsfs, which gs:// needs,', 'gcsfs', 'vertex', RemoteError): make = _patient()
     return make(token='anon', endpoint_url=host if '://' in host else f'http://{host}') if host else make(token=_login())
 
 def _open(url):

@@ -19,6 +19,7 @@ from fastcore.script import Param
 
 from .config import ConfigError, RunConfig, command, config_path, configs_dir, load_config, to_dict
 from .files import file_hash
+from .packages import needs
 from .remote import LOGIN, is_remote, list_names, put
 
 # %% ../nbs/14_vertex.ipynb #1e8c116b
@@ -170,8 +171,8 @@ def job_client(
     region:str,
 ): # a `JobServiceClient`
     "Whom to ask for jobs in a region."
-    try: from google.cloud.aiplatform_v1 import JobServiceClient
-    except ImportError: raise VertexError("Vertex AI needs the package google-cloud-aiplatform; pip install 'saxgpt[vertex]'") from None
+    with needs('google-cloud-aiplatform', extra='vertex', error=VertexError):
+        from google.cloud.aiplatform_v1 import JobServiceClient
     try:
         if host := os.environ.get('VERTEX_EMULATOR_HOST'):
             from google.cloud.aiplatform_v1.services.job_service.transports import JobServiceGrpcTransport

@@ -246,3 +246,14 @@ class _Handler(BaseHTTPRequestHandler):
         kind, data = re.split(rb'\r?\n\r?\n', rest[:rest.rindex(mark)], maxsplit=1)
         data = data[:-2] if data.endswith(b'\r\n') else data[:-1]
         return 200, gcs.put(bucket, free(about['name']), data, re.search(rb'Content-Type: *([^\r\n]+)', kind)[1].decode()), {}
+
+
+def fake_package(folder, name, version, code=None, requires=()):
+    "An installed package, as far as Python can tell: its metadata, and a module that runs `code` unless that is None."
+    info = folder/f'{name}-{version}.dist-info'
+    info.mkdir(parents=True)
+    lines = ['Metadata-Version: 2.1', f'Name: {name}', f'Version: {version}', *(f'Requires-Dist: {r}' for r in requires)]
+    (info/'METADATA').write_text('\n'.join(lines) + '\n')
+    if code is None: return
+    (folder/name).mkdir()
+    (folder/name/'__init__.py').write_text(code)

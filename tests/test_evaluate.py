@@ -21,6 +21,7 @@ from saxgpt.config import DataConfig, RunConfig, load_config, to_dict
 from saxgpt.data.dataset import split_of
 from saxgpt.data.download import find_recordings, ingest
 from saxgpt.demo import make_corpus
+from saxgpt.doctor import BROWSERS
 from saxgpt.evaluate import stat
 from saxgpt.fad import FadError, fad, library_points
 from saxgpt.files import read_jsonl, read_tensors, write_jsonl
@@ -230,8 +231,7 @@ class Chromium:
     "A real browser, spoken to through its debugging protocol."
     def __init__(self, folder):
         import websocket
-        exe = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome'))),
-                   None)
+        exe = next(filter(None, map(shutil.which, BROWSERS)), None)
         need(exe, 'no Chromium on this machine')
         self.process = subprocess.Popen([exe, '--headless=new', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0',
                                          '--remote-allow-origins=*', '--mute-audio',

@@ -22,12 +22,13 @@ modules = sorted(p for p in (root/'saxgpt').rglob('*.py') if p.name not in ('__i
 
 # Each room may import from the rooms before it; rooms of one line do not import one another unless listed in `inside`.
 layers = [
+    {'packages'},
     {'config', 'files', 'remote', 'audio', 'patterns', 'sampling', 'metrics', 'spectra'},
     {'codec', 'demo', 'data', 'model'},
     {'training', 'monitor'},
     {'train', 'generate'},
     {'fit', 'fad', 'report', 'evaluate', 'sweep'},
-    {'pipeline', 'vertex', 'studio', 'cli'},
+    {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
 ]
 inside = {('audio', 'files'), ('remote', 'files'), ('config', 'remote'), ('data', 'codec'), ('model', 'model'), ('training', 'training'), ('evaluate', 'fit'),
           ('evaluate', 'fad'), ('evaluate', 'report'), ('report', 'fit'), ('sweep', 'evaluate')}

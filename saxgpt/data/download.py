@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..audio import AudioError, probe
 from ..config import ConfigError, DataConfig, DownloadConfig
 from ..files import FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash, map_parallel, printable, read_jsonl, reason, write_jsonl
+from ..packages import needs
 
 # %% ../../nbs/00_data_download.ipynb #db4938b3
 AUDIO_SUFFIXES = {'.wav','.flac','.ogg','.oga','.opus','.mp3','.m4a','.mp4','.aac','.webm','.mka','.aif','.aiff','.wma'}
@@ -222,8 +223,9 @@ def _said(e):
 def _session(params):
     "yt-dlp without plugins, which knows how long a server asked it to wait"
     os.environ.setdefault('YTDLP_NO_PLUGINS', '1')
-    from yt_dlp import YoutubeDL
-    from yt_dlp.networking.exceptions import HTTPError
+    with needs('yt-dlp'):
+        from yt_dlp import YoutubeDL
+        from yt_dlp.networking.exceptions import HTTPError
     class Session(YoutubeDL):
         asked = 0.
         def urlopen(self, req):

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..audio import SAMPLE_RATE, LoudnessMeter, Spool, loudness, resampled, stream, to_mono, write_stream
 from ..config import ConfigError, DataConfig, DemucsConfig
 from ..files import atomic_dir, content_hash, file_hash, is_name, map_parallel, read_manifest, read_tensors, write_jsonl, write_tensors
+from ..packages import needs
 
 # %% ../../nbs/01_stem_separation.ipynb #1aa109da
 def gain_to(level:float, # loudness, LUFS
@@ -99,7 +100,7 @@ def _member(path):
 # %% ../../nbs/01_stem_separation.ipynb #ee0fdf59
 def _hub(model):
     "A published model, from the cache or the hub: as safetensors, which run nothing"
-    from demucs.hf import get_hf_model
+    with needs('Demucs', 'demucs', error=StemError): from demucs.hf import get_hf_model
     from huggingface_hub.utils import RepositoryNotFoundError, logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()                                              # it tells of every attempt
@@ -118,7 +119,7 @@ def load_demucs(model:str, # name of a model
     "The model, once per process; `StemError` or `ConfigError` in one line if it cannot be had"
     if not repo and '/' in model: raise ConfigError(f'demucs.model: given {model!r}, a path; give a name, and the folder as demucs.repo')
     if not repo: return _hub(model)
-    from demucs.apply import BagOfModels
+    with needs('Demucs', 'demucs', error=StemError): from demucs.apply import BagOfModels
     bag, files = _bag(model, repo)
     try: return BagOfModels([_member(p) for p in files], bag.get('weights'), bag.get('segment')).eval()
     except (AssertionError, TypeError):
