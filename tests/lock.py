@@ -45,11 +45,13 @@ def pyproject() -> str:
 
 
 def main():
+    try: from uv import find_uv_bin
+    except ImportError: sys.exit('requirements.lock: uv is not installed; run make lock')
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, 'pyproject.toml').write_text(pyproject(), encoding='utf-8')
         out = Path(folder, LOCK.name)
         if LOCK.exists() and '--upgrade' not in sys.argv: out.write_bytes(LOCK.read_bytes())
-        uv = [sys.executable, '-m', 'uv', 'pip', 'compile', 'pyproject.toml', '-o', out.name,
+        uv = [find_uv_bin(), 'pip', 'compile', 'pyproject.toml', '-o', out.name,
               '--universal', '--python-version', settings()['min_python'], '--no-python-downloads',
               '--generate-hashes', '--no-header', '--no-annotate', '--quiet']
         if subprocess.run(uv, cwd=folder).returncode:
