@@ -5,6 +5,8 @@
 PYTHON ?= python3
 BACKING ?= demo
 SHELL := /bin/bash
+# Compiled modules are kept, else hundreds of processes compile what they import.
+unexport PYTHONDONTWRITEBYTECODE
 V := .venv/bin
 # The environment is made once, and anew when the files that describe it change. `core` plays and trains, `env` adds the tests and the notebooks.
 # Versions and hashes are those of requirements.lock. uv installs them in a fraction of pip's time; INSTALLER=pip does without it.

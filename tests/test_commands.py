@@ -92,7 +92,7 @@ def test_whole_tune_after_a_beginning_and_ctrl_c_keeps_what_was_played(tmp_path)
         def frames(): return [int(n) for n in re.findall(r'(\d+)/30000 frames', (tmp_path/'bar').read_text())] or [0]
         while p.poll() is None and frames()[-1] < 1700: time.sleep(.05)     # in the second window
         p.send_signal(signal.SIGINT)
-        p.wait(300)
+        p.wait(600)
     said = (tmp_path/'bar').read_text().splitlines()[-1]
     assert p.returncode == 130 and 'interrupted: the first' in said and 'Traceback' not in said, said
     solo, mix = (sf.read(tmp_path/n)[0] for n in ('solo.wav', 'solo-mix.wav'))
@@ -168,7 +168,7 @@ def test_sigterm_saves_and_leaves(dataset, tmp_path):
     p = subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while p.poll() is None and not read_jsonl(tmp_path/'run/metrics.jsonl'): time.sleep(.02)
     p.send_signal(signal.SIGTERM)
-    out, _ = p.communicate(timeout=60)
+    out, _ = p.communicate(timeout=600)
     assert 'Traceback' not in out, out
     assert json.loads((tmp_path/'run/checkpoints/last/config.json').read_text())['step'] >= 1
 

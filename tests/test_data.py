@@ -578,7 +578,7 @@ def test_ray_with_two_workers_makes_the_same(finished, tmp_path):
             assert hashes(tmp_path/'data') == hashes(finished[1])
     finally:
         head.stdin.close()
-        try: head.wait(60)
+        try: head.wait(600)
         except subprocess.TimeoutExpired: pass
         for _ in range(100):
             if not (left := marked(mark)): break

@@ -243,7 +243,7 @@ class Chromium:
             time.sleep(.1)
         pages = json.load(urllib.request.urlopen(f'http://127.0.0.1:{told.read_text().split()[0]}/json'))
         self.socket, self.ids, self.events = websocket.create_connection(next(p['webSocketDebuggerUrl'] for p in pages
-            if p['type'] == 'page'), timeout=120), count(1), []
+            if p['type'] == 'page'), timeout=600), count(1), []
         for domain in ('Page', 'Runtime', 'Log', 'Network'): self(f'{domain}.enable')
 
     def __call__(self, method, **params):
@@ -266,7 +266,7 @@ class Chromium:
     def close(self):
         self.socket.close()
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(300)
 
 
 @pytest.fixture

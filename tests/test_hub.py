@@ -117,7 +117,7 @@ def python(hub, tmp_path_factory):
     env = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
     env |= dict(OMP_NUM_THREADS='1', NO_PROXY='127.0.0.1,localhost', HF_ENDPOINT=hub.url, HF_TOKEN='hf_fake', HF_HOME=str(home),
                 HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1', HF_HUB_DISABLE_PROGRESS_BARS='1')
-    def python(*args): return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, env=env, timeout=120)
+    def python(*args): return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, env=env, timeout=600)
     return python
 
 
@@ -174,10 +174,23 @@ def test_comes_back_as_it_went(hub, python, pushed, tmp_path):
     assert {token for _, path, _, token in hub.asked if path.startswith('/lfs/')} == {None}, 'the token went to another host'
 
 
+times = []
+
+def start_up(python):
+    "Seconds that a process takes here to begin, on a busy machine as on an idle one."
+    if not times:
+        t0 = time.time()
+        python('-c', 'import saxgpt.generate')
+        times.append(time.time() - t0)
+    return times[0]
+
+
 def refused(python, out, name):
     "What `saxgpt.generate` says in one line, soon, of a model that cannot be used."
-    t0, r = time.time(), python('-m', 'saxgpt.generate', 'demo', '-o', out, '--checkpoint', name)
-    assert r.returncode == 2 and r.stderr.strip().count('\n') == 0 and time.time() - t0 < 15 and not out.exists(), r.stderr
+    t0 = time.time()
+    r = python('-m', 'saxgpt.generate', 'demo', '-o', out, '--checkpoint', name)
+    took, soon = time.time() - t0, 10 + 3*start_up(python)
+    assert r.returncode == 2 and r.stderr.strip().count('\n') == 0 and took < soon and not out.exists(), r.stderr
     return r.stderr
 
 

@@ -207,7 +207,7 @@ def test_a_forked_process_fetches_too(gcs, tmp_path):
     code = ('import os, sys\nfrom saxgpt.remote import fetch\nfetch("gs://bucket/a")\npid = os.fork()\n'
             'if not pid: print(fetch("gs://bucket/b").read_text(), flush=True); os._exit(0)\nos.waitpid(pid, 0)')
     gcs.put('bucket', 'b', b'hello')
-    assert start(code, tmp_path).communicate(timeout=60) == ('hello\n', '')
+    assert start(code, tmp_path).communicate(timeout=600) == ('hello\n', '')
 
 
 def test_a_download_that_is_killed_leaves_nothing_half(gcs, tmp_path):
