@@ -21,6 +21,7 @@ modules = sorted(p for p in (root/'saxgpt').rglob('*.py') if p.name not in ('__i
 # Each room may import from the rooms before it; rooms of one line do not import one another unless listed in `inside`.
 layers = [
     {'config', 'files', 'remote', 'audio', 'patterns', 'sampling', 'metrics', 'spectra'},
+    {'music'},
     {'codec', 'demo', 'data', 'model'},
     {'training', 'monitor'},
     {'train', 'generate'},
