@@ -381,7 +381,8 @@ def key_map(
     "The layers of a key."
     if (k := font._keys.get((bank, program, key))) is not None: return k
     every, layers, at = zones(font, bank, program, key), {}, []
-    shaped = [any(2 in (s & 127, by & 127) and (s, d) != LOUDER for s, d, _, by in z.mods) for z in every]
+    follows = lambda s, d, by: 2 in (s & 127, by & 127) and (s, d) != LOUDER
+    shaped = [any(follows(s, d, by) for s, d, _, by in z.mods) for z in every]
     for v in range(128):
         span = [(z.gen[VELOCITIES] & 255, z.gen[VELOCITIES] >> 8) for z in every]
         on = tuple(i for i, (low, high) in enumerate(span) if low <= v <= high)
