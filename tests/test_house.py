@@ -24,13 +24,14 @@ modules = sorted(p for p in (root/'saxgpt').rglob('*.py') if p.name not in ('__i
 layers = [
     {'packages'},
     {'config', 'files', 'remote', 'audio', 'patterns', 'sampling', 'metrics', 'spectra'},
-    {'codec', 'demo', 'data', 'model', 'music'},
+    {'music'},
+    {'codec', 'demo', 'data', 'model'},
     {'training', 'monitor'},
     {'train', 'generate'},
     {'fit', 'fad', 'report', 'evaluate', 'sweep'},
     {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
 ]
-inside = {('audio', 'files'), ('remote', 'files'), ('config', 'remote'), ('data', 'codec'), ('demo', 'music'), ('model', 'model'), ('training', 'training'), ('evaluate', 'fit'),
+inside = {('audio', 'files'), ('remote', 'files'), ('config', 'remote'), ('data', 'codec'), ('model', 'model'), ('training', 'training'), ('evaluate', 'fit'),
           ('evaluate', 'fad'), ('evaluate', 'report'), ('report', 'fit'), ('sweep', 'evaluate')}
 
 
