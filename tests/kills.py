@@ -1,11 +1,12 @@
 """Runs of the training command that are killed on purpose, and what is left of them; used by test_train.py and benchmarks/bench_kills.py.
 
-Two ways to start a run: `start` is the plain command; a `Nursery` forks runs from a process that has torch imported already, which saves
-the seconds that the import takes. Both are processes of their own, in a session of their own, that get real signals.
+Two ways to start a run: `start` is the plain command; a `Nursery` starts warm ones (forks.py), without the seconds that importing takes.
+Both are processes of their own, in a session of their own, that get real signals.
 
 What happens inside a run is said by its traps, a list of dicts (JSON in the environment variable SAXGPT_TRAPS):
 
     dict(at='Trainer.train_step', n=5, do='kill', signal=9)     at the n-th call; also do='sleep', 'raise', 'flood' (stderr), 'limit' (size of files)
+    dict(at='Trainer.train_step', n=5, do='wait', gate=path)    until the file `gate` is there; `gate`.reached says that the run waits
     dict(op=17, under=folder)                                   SIGKILL at the 17th operation that changes files below a folder; a file that
                                                                 is being written is left torn
     dict(trace=path, under=folder)                              write down these operations
@@ -18,8 +19,6 @@ import importlib.machinery
 import json
 import os
 import resource
-import runpy
-import select
 import shutil
 import signal
 import socket
@@ -30,6 +29,8 @@ import threading
 import time
 import uuid
 from pathlib import Path
+
+from forks import warm
 
 HERE = Path(__file__).resolve()
 MODULES = {'Trainer': 'saxgpt.training.loop', 'checkpoint': 'saxgpt.training.checkpoint'}
@@ -53,6 +54,9 @@ def _mine(trap):
 def _do(trap):
     what = trap.get('do', 'kill')
     if what == 'sleep': time.sleep(trap['seconds'])
+    elif what == 'wait':
+        Path(f'{trap["gate"]}.reached').touch()
+        while not os.path.exists(trap['gate']): time.sleep(.01)
     elif what == 'raise': raise ValueError(trap['text'])
     elif what == 'flood':
         try:
@@ -154,71 +158,17 @@ def set_traps(traps):
     sys.meta_path.insert(0, Finder())
 
 
-# the nursery: `python kills.py` reads one request a line and forks a run for each
-
-def _child(ask):
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ.update(ask['env'])
-    log = os.open(ask['log'], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    null = os.open(os.devnull, os.O_RDONLY)
-    for fd, to in ((null, 0), (log, 1), (log, 2)): os.dup2(fd, to)
-    os.closerange(3, 256)
-    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, m, buffering=1, closefd=False) for fd, m in ((0, 'r'), (1, 'w'), (2, 'w')))
-    set_traps(ask['traps'])
-    sys.argv = [ask['args'][0], *ask['args'][1:]]
-    status = 0
-    try: runpy.run_module(ask['args'][0], run_name='__main__', alter_sys=True)
-    except SystemExit as e: status = e.code if isinstance(e.code, int) else int(e.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        status = 1
-    try: _finish()
-    finally:
-        sys.stdout.flush(); sys.stderr.flush()
-        os._exit(status)
-
-
-def _finish():
-    "What the interpreter does at its end, for processes that were forked"
-    import atexit
-    import multiprocessing.util
-    multiprocessing.util._exit_function()
-    threading._shutdown()
-    atexit._run_exitfuncs()
-
-
-def _nursery():
-    import saxgpt.training.loop, torch.distributed, yaml    # noqa: E401, F401
-    torch.set_num_threads(1)
-    torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), fused=True)      # brings in what is imported late
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    children = {}
-    print('ready', flush=True)
-    while True:
-        ready, _, _ = select.select([0], [], [], .01)
-        for pid, log in list(children.items()):
-            got, status = os.waitpid(pid, os.WNOHANG)
-            if got:
-                code = os.waitstatus_to_exitcode(status)
-                Path(f'{log}.tmp').write_text(str(code))
-                os.replace(f'{log}.tmp', f'{log}.status')
-                del children[pid]
-        if not ready: continue
-        line = sys.stdin.readline()
-        if not line: break
-        ask = json.loads(line)
-        pid = os.fork()
-        if not pid: _child(ask)
-        children[pid] = ask['log']
-        print(pid, flush=True)
-    for pid in children:
-        try: os.killpg(pid, signal.SIGKILL)
-        except OSError: pass
-
-
 # outside: to start, to kill, to look at
+
+PATIENCE = 300      # seconds after which something must be wrong, however busy the machine is
+
+
+def busy():
+    "How many times longer than on an idle machine work takes now: a bound in seconds is multiplied by it"
+    wall, cpu = time.monotonic(), time.thread_time()
+    while time.thread_time() - cpu < .1: pass
+    return max(1, (time.monotonic() - wall)/.1)
+
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1', CUDA_VISIBLE_DEVICES='')      # bits are promised on the CPU
 for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SAXGPT_TRAPS'): ENV.pop(k, None)
@@ -226,27 +176,21 @@ for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SAXGPT_TRAPS'): ENV.pop(k, None)
 
 class Run:
     "A process (and whatever it starts) that is or was running"
-    def __init__(self, pid, log, name='', popen=None): self.pid, self.log, self.name, self.popen = pid, Path(log), name, popen
+    def __init__(self, popen, log, name): self.popen, self.pid, self.log, self.name = popen, popen.pid, Path(log), name
 
     @property
     def said(self): return self.log.read_text(errors='replace') if self.log.exists() else ''
     @property
     def lines(self): return [l for l in self.said.splitlines() if l.strip()]
 
-    def poll(self):
-        if self.popen: return self.popen.poll()
-        status = Path(f'{self.log}.status')
-        return int(status.read_text()) if status.exists() else None
+    def poll(self): return self.popen.poll()
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=PATIENCE):
         "The exit status; minus a signal's number for a process that a signal ended"
-        end = time.monotonic() + timeout
-        while (status := self.poll()) is None:
-            if time.monotonic() > end:
-                self.end()
-                raise AssertionError(f'still running after {timeout} s:\n{self.said[-3000:]}')
-            time.sleep(.005)
-        return status
+        try: return self.popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise AssertionError(f'still running after {timeout} s:\n{self.said[-3000:]}') from None
 
     def kill(self, sig=signal.SIGKILL, group=False):
         try: (os.killpg if group else os.kill)(self.pid, sig)
@@ -258,8 +202,9 @@ class Run:
         for p in Path('/proc').iterdir():
             if not p.name.isdigit(): continue
             try:
-                state, _, _, session = (p/'stat').read_text().rpartition(')')[2].split()[:4]
-                ours = int(session) == self.pid or self.name and f'SAXGPT_RUN={self.name}'.encode() in (p/'environ').read_bytes().split(b'\0')
+                name, _, state = (p/'stat').read_text().partition('(')[2].rpartition(')')
+                state, _, _, session = state.split()[:4]
+                ours = int(session) == self.pid or name == self.name[:15] or f'SAXGPT_RUN={self.name}'.encode() in (p/'environ').read_bytes().split(b'\0')
                 if ours and state not in 'ZX': out[int(p.name)] = (p/'cmdline').read_bytes().replace(b'\0', b' ').decode(errors='replace')[:120]
             except (OSError, ValueError): pass
         return out
@@ -270,6 +215,18 @@ class Run:
         while (left := self.family()) and time.monotonic() < end: time.sleep(.05)
         return left
 
+    def wait_for(self, what, timeout=PATIENCE):
+        "Wait until `what()` is true, which must be before the end of the run"
+        end = time.monotonic() + timeout
+        while not what():
+            assert self.poll() is None, f'ended too early:\n{self.said}'
+            assert time.monotonic() < end, f'waited {timeout} s in vain:\n{self.said}'
+            time.sleep(.01)
+
+    def at_gate(self, gate):
+        "Wait until it has come to the trap that waits for the file `gate`"
+        self.wait_for(Path(f'{gate}.reached').exists)
+
     def awake(self):
         "Wait until Python itself is up, and begins to import"
         while not Path(f'{self.log}.awake').exists() and self.poll() is None: time.sleep(.002)
@@ -278,23 +235,18 @@ class Run:
         for pid in self.family():
             try: os.kill(pid, signal.SIGKILL)
             except ProcessLookupError: pass
-        if self.popen: self.popen.wait()
+        self.popen.wait()
+
+
+WARM = warm('saxgpt.train', 'torch._dynamo')
+WARM_LAUNCHER = warm('saxgpt.train', 'torch._dynamo', 'torch.distributed.launcher.api', 'torch.distributed.run', family=True)
 
 
 class Nursery:
-    "Forks runs from a process that has everything imported"
-    def __init__(self):
-        self.lock, self.folder = threading.Lock(), Path(tempfile.mkdtemp(prefix='saxgpt-kills-'))
-        self.process = subprocess.Popen([sys.executable, str(HERE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-                                        env=_path(ENV))
-        assert self.process.stdout.readline() == 'ready\n', 'the nursery did not start'
+    "Starts warm runs, whose logs are in a folder of its own"
+    def __init__(self): self.folder = Path(tempfile.mkdtemp(prefix='saxgpt-kills-'))
 
-    def start(self, *args, traps=(), **env):
-        log = self.folder/f'{uuid.uuid4().hex}.log'
-        ask = dict(args=['saxgpt.train', *map(str, args)], traps=list(traps), env={k: str(v) for k, v in env.items()}, log=str(log))
-        with self.lock:
-            self.process.stdin.write(json.dumps(ask) + '\n')
-            return Run(int(self.process.stdout.readline()), log)
+    def start(self, *args, traps=(), **env): return start(self.folder, *args, traps=traps, **WARM, **env)
 
     def ranks(self, n, *args, traps=()):
         "The same command in n processes that know of each other, without a launcher"
@@ -302,10 +254,7 @@ class Nursery:
         meet = dict(WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
         return [self.start(*args, traps=traps, RANK=r, LOCAL_RANK=r, **meet) for r in range(n)]
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(20)
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def close(self): shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def free_port():
@@ -320,7 +269,7 @@ def _path(env, *folders): # so that forked and started processes import what the
 
 
 SITE = f'''import os, sys
-if "SAXGPT_TRAPS" in os.environ:
+if "SAXGPT_TRAPS" in os.environ and not any("resource_tracker" in a for a in sys.orig_argv):
     sys.path.append({str(HERE.parent)!r})
     import json, kills
     kills.set_traps(json.loads(os.environ["SAXGPT_TRAPS"]))
@@ -333,15 +282,15 @@ def start(folder, *args, traps=(), launcher=(), out=None, **env):
     name, site = uuid.uuid4().hex, Path(folder)/'site'
     log = Path(folder)/f'{name}.log'
     site.mkdir(exist_ok=True)
-    (site/'sitecustomize.py').write_text(SITE)
+    if not (site/'sitecustomize.py').exists(): (site/'sitecustomize.py').write_text(SITE)
     env = dict(_path(ENV, site), SAXGPT_RUN=name, SAXGPT_AWAKE=f'{log}.awake', **{k: str(v) for k, v in env.items()})
     if traps: env['SAXGPT_TRAPS'] = json.dumps(list(traps))
     def normal():                               # SIGINT is ignored where the tests run in the background
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     with open(log, 'w') as f:
         p = subprocess.Popen([sys.executable, *map(str, launcher), '-m', 'saxgpt.train', *map(str, args)], env=env, stdin=subprocess.DEVNULL,
-                             stdout=out or f, stderr=out or f, start_new_session=True, preexec_fn=normal)
-    return Run(p.pid, log, name, p)
+                             stdout=out or f, stderr=out or f, start_new_session=True, preexec_fn=None if 'SAXGPT_WARM' in env else normal)
+    return Run(p, log, name)
 
 
 def torchrun(n, *more): return ('-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--rdzv-backend=c10d', '--rdzv-endpoint=127.0.0.1:0', *more)
@@ -455,5 +404,3 @@ def differences(out, whole):
     said += [f'left over: {p}' for p in leftovers(out)]
     return said
 
-
-if __name__ == '__main__': _nursery()

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from forks import warm
 from saxgpt.codec import CodecMismatch
 from saxgpt.config import DataConfig, RunConfig, load_config, to_dict
 from saxgpt.data.dataset import split_of
@@ -31,7 +32,9 @@ from saxgpt.training.checkpoint import give_away, load_model
 
 # What cannot be reached is not waited for: a proxy that refuses is as good as no network.
 offline = {k: 'http://127.0.0.1:9' for k in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')} | dict(no_proxy='', NO_PROXY='')
-env = dict(os.environ, OMP_NUM_THREADS='1')
+cold = dict(os.environ, OMP_NUM_THREADS='1')
+env = cold | warm('saxgpt.evaluate', 'saxgpt.sweep', 'saxgpt.pipeline', *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'windows', 'codes', 'dataset')),
+                  'librosa', 'matplotlib.pyplot', 'scipy.signal', 'torch._dynamo')
 required = bool(os.environ.get('SAXGPT_TEST_ALL'))      # set in CI: nothing may be skipped there
 title = '<img src=x onerror="document.title=1"> & Söhne'
 
@@ -40,7 +43,7 @@ def need(ok, what):
     if not ok: (pytest.fail if required else pytest.skip)(what)
 
 
-def run(*args, ok=True, **more):
+def run(*args, ok=True, env=env, **more):
     r = subprocess.run([sys.executable, '-m', *map(str, args)], capture_output=True, text=True, env=env | more)
     if ok: assert r.returncode == 0, r.stderr[-3000:]
     return r
@@ -50,7 +53,7 @@ def run(*args, ok=True, **more):
 def data(tmp_path_factory):
     "A demo corpus taken to datasets by the pipeline, with folders of other names, and one recording with a wicked title."
     d = tmp_path_factory.mktemp('data')
-    make_corpus(d/'corpus', 4, seed=5, n_jobs=2)
+    make_corpus(d/'corpus', 4, seed=5, n_jobs=1, progress=False)
     ids = [ingest(r, d/'got')['id'] for r in find_recordings(d/'corpus')]
     seed = next(s for s in count() if sorted(split_of(i, s, .5, .3) for i in ids) == ['test', 'test', 'train', 'val'])
     paths = {k: str(d/v) for k, v in dict(dl_dir='got', stems_dir='stems', metadata_path='m.csv', clips_dir='cut', aug_dir='aug',
@@ -76,7 +79,7 @@ def command(data, out, *more):
 @pytest.fixture(scope='module')
 def whole(data, tmp_path_factory):
     out = tmp_path_factory.mktemp('whole')
-    said = run(*command(data, out)).stdout
+    said = run(*command(data, out), env=cold).stdout
     return out, json.loads((out/'results.json').read_text()), said
 
 
@@ -112,8 +115,7 @@ def test_interrupted_killed_and_started_again_ends_the_same(data, whole, tmp_pat
     args = [sys.executable, '-m', *map(str, command(data, tmp_path/'cut'))]
 
     def start_and_stop(how, stage, n):
-        p = subprocess.Popen(args, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        p = subprocess.Popen(args, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
         while p.poll() is None and len(list((tmp_path/'cut/items'/stage).glob('*.json'))) < n: time.sleep(.02)
         assert p.poll() is None, 'finished before it could be stopped'
         p.send_signal(how)
@@ -408,5 +410,5 @@ def test_sweep_plays_validation_tunes_once(data, tmp_path, monkeypatch):
     assert two['rows'][3]['voiced'] != two['rows'][2]['voiced'] and json.dumps(two, allow_nan=False)
     with pytest.raises(CodecMismatch, match='foreign: made with'):
         sweep(cfg, make_checkpoint(tmp_path/'foreign', codec_hash='another'), tmp_path/'none', [bold], n=2, seconds=4.)
-    r = run('saxgpt.sweep', '--config', 'demo', '--n', 1, ok=False)
+    r = run('saxgpt.sweep', '--config', 'demo', '--n', 1, ok=False, env=cold)
     assert r.returncode == 2 and r.stderr == 'saxgpt: --n: given 1; at least 2\n', r.stderr

@@ -2,6 +2,7 @@
 
 `SAXGPT_KILLS=all` adds the long sweeps; tests/benchmarks/bench_kills.py counts kills and prints a table.
 """
+import fcntl
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,13 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from kills import (VARIANTS, Nursery, bits, config_file, differences, leftovers, log_lines, start, torchrun, toy_data, whole_checkpoints)
+from kills import (VARIANTS, WARM, WARM_LAUNCHER, Nursery, bits, busy, config_file, differences, leftovers, log_lines, start, torchrun, toy_data,
+                   whole_checkpoints)
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='needs fork and /proc')
 INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 ALL = os.environ.get('SAXGPT_KILLS') == 'all'
 END = {INT: 130, TERM: 143, KILL: -9}
-SLOW = dict(at='Trainer.train_step', do='sleep', seconds=.05)
+RUNS = VARIANTS | dict(short=dict(num_epochs=2))                 # 16 steps
 step, validate, save = 'Trainer.train_step', 'Trainer.validate', 'Trainer.save'
 
 
@@ -45,7 +48,7 @@ def whole(nursery, data, tmp_path_factory):
     def get(variant='plain', n=1):
         if (variant, n) not in made:
             out = there/f'{variant}-{n}'
-            args = config_file(data, out, **VARIANTS[variant])
+            args = config_file(data, out, **RUNS[variant])
             for r in [nursery.start(*args)] if n == 1 else nursery.ranks(n, *args): assert r.wait() == 0, r.said
             made[variant, n] = out
         return made[variant, n]
@@ -118,7 +121,7 @@ def test_killed_from_outside_at_any_moment(nursery, data, whole, tmp_path, varia
         if i % 2: time.sleep(dice.uniform(.05, .8))
         else:
             checkpoints = out/'checkpoints'
-            while run.poll() is None and not (checkpoints.exists() and any(n.startswith('.') for n in os.listdir(checkpoints))): pass
+            while run.poll() is None and not (checkpoints.exists() and any(n.startswith('.') for n in os.listdir(checkpoints))): time.sleep(.001)
             time.sleep(dice.uniform(0, .003))
         run.kill(group=dice.random() < .5)
         assert run.wait() in (0, -9), run.said
@@ -137,25 +140,26 @@ def test_started_again_at_once(nursery, data, whole, tmp_path):
     finish(nursery.start(*args), out, want)
 
 
-def test_loader_process_killed(data, whole, tmp_path):
+def test_loader_process_killed(nursery, data, whole, tmp_path):
     "What a machine short of memory does first"
-    out = tmp_path/'out'
+    out, gate = tmp_path/'out', tmp_path/'gate'
     args = config_file(data, out, num_workers=2)
-    run = start(tmp_path, *args, traps=[SLOW])
-    wait_for(run, lambda: any(k[1] == 7 for k in log_lines(out)))
+    run = nursery.start(*args, traps=[dict(at=step, n=5, do='wait', gate=str(gate))])
+    run.at_gate(gate)
     os.kill(max(run.family()), KILL)
+    gate.touch()
     assert run.wait() == 2 and 'Traceback' not in run.said and 'num_workers' in run.lines[-1], run.said
     assert not run.orphans()
-    finish(start(tmp_path, *args), out, whole())
+    finish(nursery.start(*args), out, whole())
 
 
 # every crash point of a save
 
 @pytest.fixture(scope='module')
 def before_the_end(nursery, data, whole, tmp_path_factory):
-    "A run that was killed just before its last step, which ends an epoch, is validated, saved, best and kept"
+    "A short run that was killed just before its last step, which ends an epoch, is validated, saved, best and kept"
     out = tmp_path_factory.mktemp('sweep')/'base'
-    run = nursery.start(*config_file(data, out), traps=[dict(at=step, n=24, signal=KILL)])
+    run = nursery.start(*config_file(data, out, **RUNS['short']), traps=[dict(at=step, n=16, signal=KILL)])
     assert run.wait() == -9, run.said
     return out
 
@@ -163,7 +167,7 @@ def before_the_end(nursery, data, whole, tmp_path_factory):
 def at_crash_point(nursery, data, base, want, out, op, *more):
     "Kill at the op-th file operation, the next run at its own, and so on; then let one finish"
     shutil.copytree(base, out)
-    args = config_file(data, out)
+    args = config_file(data, out, **RUNS['short'])
     run = nursery.start(*args, traps=[dict(op=op, under=str(out))])
     status = run.wait()
     assert status == -9, run.said
@@ -183,13 +187,13 @@ def at_crash_point(nursery, data, base, want, out, op, *more):
 def operations(nursery, data, base, out):
     "What a run does to its files, from the base on: [kind, path]"
     shutil.copytree(base, out)
-    run = nursery.start(*config_file(data, out), traps=[dict(trace=str(out) + '.trace', under=str(out))])
+    run = nursery.start(*config_file(data, out, **RUNS['short']), traps=[dict(trace=str(out) + '.trace', under=str(out))])
     assert run.wait() == 0, run.said
     return [json.loads(l) for l in Path(str(out) + '.trace').read_text().splitlines()]
 
 
 def test_every_crash_point_of_a_save(nursery, data, whole, before_the_end, tmp_path):
-    ops, want = operations(nursery, data, before_the_end, tmp_path/'trace'), whole()
+    ops, want = operations(nursery, data, before_the_end, tmp_path/'trace'), whole('short')
     n, seen = len(ops), {kind for kind, _ in ops}
     assert n > 20 and seen >= {'serialize', 'open', 'fsync', 'rename', 'link', 'remove'}, seen
     all_of({f'operation {op}': lambda op=op: at_crash_point(nursery, data, before_the_end, want, tmp_path/f'op{op}', op) for op in range(1, n + 1)})
@@ -197,12 +201,12 @@ def test_every_crash_point_of_a_save(nursery, data, whole, before_the_end, tmp_p
 
 def test_killed_again_while_tidying_up(nursery, data, whole, before_the_end, tmp_path):
     "The next run is killed at its first file operations, where it sweeps and puts back what was being replaced"
-    ops = operations(nursery, data, before_the_end, tmp_path/'trace')
+    ops, want = operations(nursery, data, before_the_end, tmp_path/'trace'), whole('short')
     moved = [i + 2 for i, (kind, p) in enumerate(ops) if kind == 'rename' and '+' in p]      # the old one is away, the new one not there yet
     assert moved
     points = [(op, k) for op in range(1, len(ops) + 1, 1 if ALL else 9) for k in ((1, 2, 5) if ALL else (2,))]
     points += [(op, k) for op in moved for k in range(1, 7)]
-    all_of({f'operation {p}': lambda p=p: at_crash_point(nursery, data, before_the_end, whole(), tmp_path/f'op{p[0]}-{p[1]}', *p, 1) for p in points})
+    all_of({f'operation {p}': lambda p=p: at_crash_point(nursery, data, before_the_end, want, tmp_path/f'op{p[0]}-{p[1]}', *p, 1) for p in points})
 
 
 def test_a_power_cut_finds_on_disk_what_was_renamed(nursery, data, before_the_end, tmp_path):
@@ -224,10 +228,10 @@ def test_a_power_cut_finds_on_disk_what_was_renamed(nursery, data, before_the_en
 
 @pytest.fixture(scope='module')
 def stopped(nursery, data, tmp_path_factory):
-    "A run that was stopped in its middle, with `last` and `previous`"
+    "A run that was stopped some steps before its end, with `last` and `previous`"
     out = tmp_path_factory.mktemp('stopped')/'base'
-    run = nursery.start(*config_file(data, out), traps=[dict(at=step, n=13, signal=TERM)])
-    assert run.wait() == 143 and whole_checkpoints(out).keys() >= {'last', 'previous'}, run.said
+    run = nursery.start(*config_file(data, out), traps=[dict(at=step, n=21, signal=TERM)])
+    assert run.wait() == 143 and whole_checkpoints(out).keys() >= {'last', 'previous', 'step-16'}, run.said
     return out
 
 
@@ -269,7 +273,7 @@ def torn_and_finished(nursery, data, base, want, out, name, how):
     shutil.copytree(base, out)
     how(out/'checkpoints'/'last'/name)
     run = nursery.start(*config_file(data, out))
-    assert run.wait(20) == 0, run.said
+    assert run.wait() == 0, run.said
     about = [l for l in run.lines if 'checkpoints/last' in l]
     assert len(about) == 1 and 'Traceback' not in run.said, run.said          # one line says so
     assert any('going on from' in l and 'previous' in l for l in run.lines), run.said
@@ -289,13 +293,13 @@ def test_two_torn_and_the_third_is_used(nursery, data, whole, stopped, tmp_path)
     (out/'checkpoints'/'previous'/'config.json').unlink()
     run = nursery.start(*config_file(data, out))
     finish(run, out, whole())
-    assert [sum(f'checkpoints/{n}' in l for l in run.lines) for n in ('last', 'previous', 'step-8')] == [1, 1, 1], run.said
+    assert [sum(f'checkpoints/{n}' in l for l in run.lines) for n in ('last', 'previous', 'step-16')] == [1, 1, 1], run.said
 
 
 def test_torn_run_that_began_elsewhere(nursery, data, stopped, tmp_path):
     "With `resume_from_checkpoint` the run's own checkpoints go before it, and a torn one is not passed over in silence"
     out, want = tmp_path/'out', tmp_path/'want'
-    begin = dict(resume_from_checkpoint=str(stopped/'checkpoints'/'previous'))
+    begin = dict(resume_from_checkpoint=str(stopped/'checkpoints'/'step-8'))
     assert nursery.start(*config_file(data, want, **begin)).wait() == 0
     args = config_file(data, out, **begin)
     run = nursery.start(*args, traps=[dict(at=step, n=8, signal=TERM)])
@@ -326,7 +330,7 @@ def test_no_whole_checkpoint_is_one_clear_error(nursery, data, stopped, tmp_path
     for run in [nursery.start(*config_file(data, out))], nursery.ranks(2, *config_file(data, out)):
         assert run[0].wait() == 2, run[0].said
         assert 'Traceback' not in run[0].said and run[0].lines[-1].startswith('saxgpt: ') and 'checkpoints' in run[0].lines[-1], run[0].said
-        for r in run[1:]: assert r.wait(15) not in (0, None) and 'Traceback' not in r.said, r.said
+        for r in run[1:]: assert r.wait() not in (0, None) and 'Traceback' not in r.said, r.said
     assert before.items() <= {p: p.read_bytes() for p in out.rglob('*') if p.is_file()}.items(), 'nothing was thrown away'
 
 
@@ -334,28 +338,19 @@ def test_no_whole_checkpoint_is_one_clear_error(nursery, data, stopped, tmp_path
 
 @pytest.mark.parametrize('sig', [INT, TERM], ids=['ctrl-c', 'sigterm'])
 def test_second_signal_leaves_at_once(nursery, data, whole, tmp_path, sig):
-    out = tmp_path/'out'
+    out, gate = tmp_path/'out', tmp_path/'gate'
     args = config_file(data, out, num_workers=2)
-    run = nursery.start(*args, traps=[dict(at=step, n=8, do='sleep', seconds=60)])
-    wait_for(run, lambda: any(k[1] == 7 for k in log_lines(out)))
-    time.sleep(.2)
+    run = nursery.start(*args, traps=[dict(at=step, n=8, do='wait', gate=str(gate))])
+    run.at_gate(gate)
     run.kill(sig, group=True)
-    wait_for(run, lambda: 'once more' in run.said)
+    run.wait_for(lambda: 'once more' in run.said)
     time.sleep(1.2)                                              # sooner it may be the same Ctrl-C, handed on by a launcher
-    began = time.monotonic()
+    began, slow = time.monotonic(), busy()
     run.kill(sig, group=True)
-    assert run.wait(10) in (END[sig], -sig) and time.monotonic() - began < 3, run.said
+    assert run.wait() in (END[sig], -sig) and time.monotonic() - began < 3*max(slow, busy()), run.said
     clean(run)
     check(out, whole())
     finish(nursery.start(*args), out, whole())
-
-
-def wait_for(run, what, timeout=60):
-    end = time.monotonic() + timeout
-    while not what():
-        assert run.poll() is None, f'ended too early:\n{run.said}'
-        assert time.monotonic() < end, f'waited {timeout} s in vain:\n{run.said}'
-        time.sleep(.005)
 
 
 @pytest.mark.parametrize('sig', [INT, TERM], ids=['ctrl-c', 'sigterm'])
@@ -440,21 +435,32 @@ def test_files_that_cannot_grow(nursery, data, whole, tmp_path, size):
 
 def test_no_space_left_for_words_either(nursery, data, whole, tmp_path):
     "The log of the command is on the same full disk"
+    full, free = tmp_path/'full', tmp_path/'free'
     with stopped_on_small_disk(nursery, data, tmp_path) as (disk, out, args):
         with open(disk/'words', 'w') as f:
-            traps = [dict(at=step, n=2, do='sleep', seconds=2), dict(at=step, n=3, do='flood', lines=500), dict(at=step, n=6, do='sleep', seconds=2)]
-            run = start(tmp_path, *args, out=f, traps=traps)
-            wait_for(run, lambda: any(k[1] == 12 for k in log_lines(out)))
+            traps = [dict(at=step, n=2, do='wait', gate=str(full)), dict(at=step, n=3, do='flood', lines=500),
+                     dict(at=step, n=6, do='wait', gate=str(free))]
+            run = start(tmp_path, *args, out=f, traps=traps, **WARM)
+            run.at_gate(full)
+            assert any(k[1] == 12 for k in log_lines(out))
             with open(disk/'ballast', 'wb', buffering=0) as b:
                 try:
                     while True: b.write(bytes(4096))
                 except OSError: pass
-            wait_for(run, lambda: os.path.getsize(disk/'words') > 4096 or '####' in (disk/'words').read_text())
-            time.sleep(1)
+            full.touch()
+            run.at_gate(free)
             (disk/'ballast').unlink()                            # somebody makes room: nothing but lines is lost
+            free.touch()
             assert run.wait() == 0, (disk/'words').read_text()
         a, b = bits(out/'checkpoints'/'last'), bits(whole()/'checkpoints'/'last')
         assert a == b
+
+
+def unread(pipe):
+    "Bytes that wait in a pipe"
+    n = bytearray(4)
+    fcntl.ioctl(pipe, termios.FIONREAD, n)
+    return int.from_bytes(n, sys.byteorder)
 
 
 def test_nobody_reads_what_is_said(nursery, data, whole, tmp_path):
@@ -463,11 +469,15 @@ def test_nobody_reads_what_is_said(nursery, data, whole, tmp_path):
         out = tmp_path/case
         args = config_file(data, out)
         reader, writer = os.pipe()
-        run = start(tmp_path, *args, out=writer, traps=[dict(at=step, n=4, do='flood', lines=2000 if case == 'slow' else 1), SLOW])
+        gate = tmp_path/f'{case}-gate'
+        traps = [dict(at=step, n=4, do='wait', gate=str(gate)), dict(at=step, n=4, do='flood', lines=2000 if case == 'slow' else 1)]
+        run = start(tmp_path, *args, out=writer, traps=traps, **WARM)
         os.close(writer)
-        wait_for(run, lambda: any(k[1] == 3 for k in log_lines(out)))
+        run.at_gate(gate)
+        assert any(k[1] == 3 for k in log_lines(out))
         if case == 'slow':
-            time.sleep(.5)                                       # it is in the middle of a write now
+            gate.touch()
+            run.wait_for(lambda: unread(reader) > 60_000)        # it is in the middle of a write now
             run.kill(TERM)
             time.sleep(.3)
             said = b''
@@ -475,6 +485,7 @@ def test_nobody_reads_what_is_said(nursery, data, whole, tmp_path):
             assert run.wait() == 143 and b'Traceback' not in said, said[-2000:]
             assert whole_checkpoints(out)['last'] >= 4
         os.close(reader)
+        gate.touch()
         if case == 'gone': assert run.wait() in (0, 120)        # 120: the last words could not be flushed
         else: finish(nursery.start(*args), out, whole())
     assert not differences(out, whole()), differences(out, whole())
@@ -488,9 +499,10 @@ def two_ranks_stopped(nursery, data, want, out, variant):
                  dict(at=validate, n=1, signal=KILL, rank=1), dict(at=save, n=1, signal=KILL, rank=1, after=True),
                  dict(at=validate, n=1, signal=INT, rank=0)]:
         ranks = nursery.ranks(2, *args, traps=[trap])
-        began = time.monotonic()
-        ends = [r.wait(30) for r in ranks]
-        assert time.monotonic() - began < 15, f'{trap} took {time.monotonic() - began:.0f} s'
+        began, slow = time.monotonic(), busy()
+        ends = [r.wait() for r in ranks]
+        took = time.monotonic() - began
+        assert took < 15*max(slow, busy()), f'{trap} took {took:.0f} s'
         if trap['signal'] == KILL: assert ends[trap['rank']] == -9 and ends[1 - trap['rank']] not in (0, 130, 143), (trap, ends)
         else: assert set(ends) <= {130, 143}, (trap, ends, ranks[0].said, ranks[1].said)
         check(out, want)
@@ -512,15 +524,18 @@ def launched_and_signalled(data, want, folder, launcher):
     args = config_file(data, out, num_workers=1)
     last = 0
     for case, (sig, group) in dict(terminal=(INT, True), spot=(TERM, False), service=(TERM, True), launcher=(KILL, False)).items():
-        run = launcher(folder, *args, traps=[SLOW])
-        wait_for(run, lambda: any(k[1] > last for k in log_lines(out)))
-        began = time.monotonic()
+        gate = folder/f'{case}-gate'
+        run = launcher(folder, *args, traps=[dict(at=step, n=2, do='wait', gate=str(gate))])
+        run.at_gate(gate)
+        run.wait_for(lambda: any(k[1] > last for k in log_lines(out)))
+        began, slow = time.monotonic(), busy()
         run.kill(sig, group)
-        status = run.wait(25)
-        left = run.orphans(15)
+        gate.touch()
+        status = run.wait()
+        left = run.orphans()
         took = time.monotonic() - began
         if left: run.end()
-        assert not left and took < 15, f'{case}: left behind after {took:.0f} s: {left}\n{run.said}'
+        assert not left and took < 15*max(slow, busy()), f'{case}: left behind after {took:.0f} s: {left}\n{run.said}'
         if mine: assert status == END[sig] and 'Traceback' not in run.said and 'Warning' not in run.said, f'{case}: status {status}\n{run.said}'
         now = whole_checkpoints(out).get('last', 0)
         assert now > last and 'stopped after step' in run.said and not leftovers(out), f'{case}: nothing was saved\n{run.said}'
@@ -532,23 +547,28 @@ def launched_and_signalled(data, want, folder, launcher):
 
 
 def test_ctrl_c_twice_under_a_launcher(data, tmp_path):
-    run = ddp(tmp_path, *config_file(data, tmp_path/'out'), traps=[dict(at=step, n=3, do='sleep', seconds=60)])
-    wait_for(run, lambda: len(log_lines(tmp_path/'out')) >= 2)
-    for pause in .3, 1.5:
-        time.sleep(pause)
-        run.kill(INT, group=True)
-    assert run.wait(10) == 130 and 'Traceback' not in run.said and not run.orphans(), run.said
+    gates = [tmp_path/f'gate{r}' for r in range(2)]
+    traps = [dict(at=step, n=3, rank=r, do='wait', gate=str(g)) for r, g in enumerate(gates)]
+    run = ddp(tmp_path, *config_file(data, tmp_path/'out'), traps=traps)
+    for g in gates: run.at_gate(g)
+    assert len(log_lines(tmp_path/'out')) >= 2
+    run.kill(INT, group=True)
+    run.wait_for(lambda: 'once more' in run.said)
+    time.sleep(1.5)
+    began, slow = time.monotonic(), busy()
+    run.kill(INT, group=True)
+    assert run.wait() == 130 and time.monotonic() - began < 10*max(slow, busy()) and 'Traceback' not in run.said and not run.orphans(), run.said
 
 
 def test_launcher_stopped_while_it_starts(data, tmp_path):
     def at(seconds):
         folder = tmp_path/str(seconds)
         folder.mkdir()
-        run = ddp(folder, *config_file(data, folder/'out'))
+        run = start(folder, *config_file(data, folder/'out'), '--ddp', '--num-gpus', 2)          # by the plain command
         run.awake()
         time.sleep(seconds)
         run.kill(TERM)
-        assert run.wait(20) in (0, 143, -15) and 'Traceback' not in run.said and not run.orphans(), run.said
+        assert run.wait() in (0, 143, -15) and 'Traceback' not in run.said and not run.orphans(), run.said
         whole_checkpoints(folder/'out')
     all_of({f'after {s} s': lambda s=s: at(s) for s in ((.5, 1.5, 2.5, 3.5) if not ALL else [i/4 for i in range(1, 24)])})
 
@@ -558,7 +578,7 @@ def one_died(data, want, folder, launcher, trap, words, go_on):
     out = folder/'out'
     args = config_file(data, out)
     run = launcher(folder, *args, traps=[trap])
-    status = run.wait(40)
+    status = run.wait()
     assert status not in (0, 130, 143), (trap, run.said)
     assert not run.orphans(), run.orphans(0)
     if launcher is ddp: assert all(w in run.lines[-1] for w in words), f'{words} not in the last line:\n{run.said}'
@@ -569,10 +589,10 @@ def one_died(data, want, folder, launcher, trap, words, go_on):
     assert not differences(out, want), differences(out, want)
 
 
-def ddp(folder, *args, traps=()): return start(folder, *args, '--ddp', '--num-gpus', 2, traps=traps)
+def ddp(folder, *args, traps=()): return start(folder, *args, '--ddp', '--num-gpus', 2, traps=traps, **WARM_LAUNCHER)
 
 
-def trun(folder, *args, traps=()): return start(folder, *args, traps=traps, launcher=torchrun(2))
+def trun(folder, *args, traps=()): return start(folder, *args, traps=traps, launcher=torchrun(2), **WARM_LAUNCHER)
 
 
 def test_launchers_pass_on_signals(data, whole, tmp_path):
@@ -592,8 +612,8 @@ def test_one_rank_dying_ends_all_with_its_error(data, whole, tmp_path):
 def test_torchrun_restarts_by_itself(data, whole, tmp_path):
     out, want = tmp_path/'out', whole('plain', 2)
     traps = [dict(at=step, n=7, rank=1, attempt=0, signal=KILL)] + [dict(at=save, n=1, rank=0, attempt=1, signal=KILL)]*ALL
-    run = start(tmp_path, *config_file(data, out, num_workers=1), launcher=torchrun(2, '--max-restarts=2'), traps=traps)
-    assert run.wait(90) == 0, run.said
+    run = start(tmp_path, *config_file(data, out, num_workers=1), launcher=torchrun(2, '--max-restarts=2'), traps=traps, **WARM_LAUNCHER)
+    assert run.wait() == 0, run.said
     assert run.said.count('going on from') == len(traps), run.said
     wrong = [d for d in differences(out, want) if 'num_workers' not in d]
     assert not run.orphans() and not wrong, wrong
@@ -615,10 +635,12 @@ def test_another_number_of_processes_goes_on_and_says_so(nursery, data, tmp_path
 # two at once
 
 def test_second_run_in_the_same_folder_is_refused(nursery, data, whole, tmp_path):
-    out = tmp_path/'out'
+    out, gate = tmp_path/'out', tmp_path/'gate'
     args = config_file(data, out)
-    first = nursery.start(*args, traps=[dict(at=step, do='sleep', seconds=.1)])
-    wait_for(first, lambda: log_lines(out))
+    first = nursery.start(*args, traps=[dict(at=step, n=2, do='wait', gate=str(gate))])
+    first.at_gate(gate)
+    assert log_lines(out)
     second = nursery.start(*args)
     assert second.wait() == 2 and len(second.lines) == 1 and 'out' in second.said, second.said
+    gate.touch()
     finish(first, out, whole())
