@@ -21,13 +21,13 @@ modules = sorted(p for p in (root/'saxgpt').rglob('*.py') if p.name not in ('__i
 # Each room may import from the rooms before it; rooms of one line do not import one another unless listed in `inside`.
 layers = [
     {'config', 'files', 'remote', 'audio', 'patterns', 'sampling', 'metrics', 'spectra'},
-    {'codec', 'demo', 'data', 'model'},
+    {'codec', 'demo', 'data', 'model', 'music'},
     {'training', 'monitor'},
     {'train', 'generate'},
     {'fit', 'fad', 'report', 'evaluate', 'sweep'},
     {'pipeline', 'vertex', 'studio', 'cli'},
 ]
-inside = {('audio', 'files'), ('remote', 'files'), ('config', 'remote'), ('data', 'codec'), ('model', 'model'), ('training', 'training'), ('evaluate', 'fit'),
+inside = {('audio', 'files'), ('remote', 'files'), ('config', 'remote'), ('data', 'codec'), ('model', 'model'), ('music', 'music'), ('demo', 'music'), ('demo', 'codec'), ('demo', 'data'), ('training', 'training'), ('evaluate', 'fit'),
           ('evaluate', 'fad'), ('evaluate', 'report'), ('report', 'fit'), ('sweep', 'evaluate')}
 
 
