@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from .audio import SAMPLE_RATE, mix as mix_audio, normalize_loudness, plot_spectrogram, read_audio, resample, write_audio
 from .codec import check_codec, load_codec
-from .config import command
-from .demo import demo_backing
+from .config import command, demo_backing
 from .files import atomic_path
 from .metrics import chord_tone_share
 from .model.decoding import light as lighten, play_codes
