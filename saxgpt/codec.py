@@ -272,6 +272,7 @@ def chunk_frames(
     if not chunk_len_s > 0: raise CodecError(f'codec: given chunk_len_s {chunk_len_s:g}; it must be above 0')
     return max(1, round(chunk_len_s*Codec.frame_rate))
 
+# %% ../nbs/04a_codec.ipynb #bb261c9e
 class MelCodec(Codec):
     "Log-mel frames, residual quantisation, Griffin-Lim: `mel-rvq`, which is not EnCodec."
     name = 'mel-rvq'

@@ -154,6 +154,7 @@ def from_hub(
         said = f'{type(why or e).__name__}: {(str(why or e).splitlines() or [""])[0]}'
         raise CheckpointError(f'{name}: there is no such checkpoint folder, nor could it be had from the hub ({said}); check the name, or go online once') from None
 
+# %% ../../nbs/07b_checkpoint.ipynb #b8a80129
 def load_model(
     path='bundled', # a checkpoint folder, here or on gs://, 'bundled', or USER/NAME on the hub
     device='cpu', # where the model goes
