@@ -100,7 +100,8 @@ weights: env
 	$(V)/python -m saxgpt.training.checkpoint models/short/checkpoints/last models/short/weights
 	$(TRAIN) training.resume_from_checkpoint=models/short/weights training.max_steps=1200 training.batch_size=1 training.optimizer.lr=0.001 \
 		training.scheduler.warmup_steps=50 training.history.first=0.1 training.val_interval=400
-	$(V)/python -m saxgpt.training.checkpoint models/demo/checkpoints/best saxgpt/weights/xsmall
+	$(V)/python -m saxgpt.training.checkpoint models/demo/checkpoints/best saxgpt/weights/xsmall \
+		--dataset $(DEMO)/7_datasets/train.safetensors
 	$(V)/saxgpt sweep --config demo --checkpoint saxgpt/weights/xsmall --output-dir out/sweep --n 24 && cp out/sweep/sweep.json saxgpt/weights/xsmall/
 	$(V)/saxgpt evaluate --config demo --checkpoint saxgpt/weights/xsmall
 

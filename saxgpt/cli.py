@@ -37,6 +37,10 @@ class Mock(type):
         if name.startswith('__'): raise AttributeError(name)
         return Mock(name)
 
+# What a module computes from a mock when it is imported, such as `np.pi/2`, is the mock again.
+for _name in 'add radd sub rsub mul rmul truediv rtruediv pow rpow neg getitem matmul'.split():
+    setattr(Mock, f'__{_name}__', lambda cls, *others: cls)
+
 # %% ../nbs/15_cli.ipynb #f1964b0d
 class MockFinder:
     "Finds an empty module in the place of any package that is neither Python's own nor loaded yet."

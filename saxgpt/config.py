@@ -6,11 +6,11 @@
 __all__ = ['ConfigError', 'Section', 'field', 'DataPaths', 'Intermediates', 'DownloadConfig', 'DemucsConfig', 'WindowConfig',
            'AugmentConfig', 'TokenizeConfig', 'SplitConfig', 'DatasetConfig', 'DataConfig', 'RunData', 'ModelConfig',
            'SchedulerConfig', 'OptimizerConfig', 'SampledConfig', 'HistoryConfig', 'TrainingConfig', 'RunConfig',
-           'type_name', 'rows', 'explain', 'parse', 'configs_dir', 'weights_dir', 'device_name', 'config_path',
-           'override', 'load_config', 'to_dict', 'usage_errors', 'arguments', 'command']
+           'type_name', 'rows', 'explain', 'parse', 'configs_dir', 'weights_dir', 'demo_backing', 'device_name',
+           'config_path', 'override', 'load_config', 'to_dict', 'usage_errors', 'arguments', 'command']
 
 # %% ../nbs/10_config.ipynb #b942c4a0
-import difflib, inspect, os, reprlib, signal, sys, types
+import difflib, inspect, json, os, reprlib, signal, sys, types
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -332,6 +332,11 @@ def configs_dir()->Path:
 def weights_dir()->Path:
     "Folder of the bundled weights."
     return Path(str(files('saxgpt')))/'weights'
+
+def demo_backing()->tuple[Path, dict]: # audio file, what is known about it
+    "The bundled backing track, with its chords, beats and notes."
+    folder = weights_dir()/'demo'
+    return folder/'backing.ogg', json.loads((folder/'backing.json').read_text())
 
 def device_name(
     cuda:bool, # whether `--cuda` was given

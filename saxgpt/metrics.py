@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FEW', 'codebook_cross_entropy', 'codebook_accuracy', 'perplexity', 'code_counts', 'vocabulary', 'kl_divergence',
-           'first_divergence', 'consistency', 'sequence_accuracy', 'frechet_distance', 'frechet_infinity',
-           'kernel_distance', 'apa_of', 'apa', 'wilson', 'bootstrap', 'jackknife', 'chord_tone_share',
-           'chroma_agreement', 'beat_f1', 'beat_positions', 'onset_phase', 'implied_beats', 'beat_window',
-           'beat_chance', 'activity_f1', 'pitch_class_entropy', 'grooving_similarity']
+           'total_variation', 'first_divergence', 'consistency', 'sequence_accuracy', 'frechet_distance',
+           'frechet_infinity', 'kernel_distance', 'apa_of', 'apa', 'wilson', 'bootstrap', 'jackknife',
+           'chord_tone_share', 'chroma_agreement', 'beat_f1', 'beat_positions', 'onset_phase', 'implied_beats',
+           'beat_window', 'beat_chance', 'activity_f1', 'pitch_class_entropy', 'grooving_similarity']
 
 # %% ../nbs/09a_metrics.ipynb #f55dac52
 import math
@@ -107,6 +107,16 @@ def kl_divergence(
     e = pseudo*cardinality/(n.sum(1, keepdims=True) + pseudo*cardinality)
     p, q = ((1 - e)*x + e/cardinality for x in (p, q))
     return (p*np.log(np.where(p > 0, p, 1)/np.where(p > 0, q, 1))).sum(1)
+
+# %% ../nbs/09a_metrics.ipynb #2589b965
+def total_variation(
+    a, # (...,V) counts or shares
+    b, # (...,V)
+)->np.ndarray: # (...), from 0 to 1
+    "Half the sum of the absolute differences of two distributions."
+    p, q = (np.asarray(x, float) for x in (a, b))
+    p, q = (x/np.maximum(x.sum(-1, keepdims=True), 1e-30) for x in (p, q))
+    return abs(p - q).sum(-1)/2
 
 # %% ../nbs/09a_metrics.ipynb #42621afc
 def _same(a, b):

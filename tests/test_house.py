@@ -31,8 +31,8 @@ layers = [
     {'fit', 'fad', 'report', 'evaluate', 'sweep'},
     {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
 ]
-inside = {('audio', 'files'), ('remote', 'files'), ('config', 'remote'), ('data', 'codec'), ('model', 'model'), ('training', 'training'), ('evaluate', 'fit'),
-          ('evaluate', 'fad'), ('evaluate', 'report'), ('report', 'fit'), ('sweep', 'evaluate')}
+inside = {('audio', 'files'), ('remote', 'files'), ('config', 'remote'), ('data', 'codec'), ('demo', 'codec'), ('demo', 'data'), ('music', 'music'),
+          ('model', 'model'), ('training', 'training'), ('evaluate', 'fit'), ('evaluate', 'fad'), ('evaluate', 'report'), ('report', 'fit'), ('sweep', 'evaluate')}
 
 
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']

@@ -927,16 +927,22 @@ _RAMP = np.sin(np.pi/2*np.sin(np.linspace(0, np.pi/2, 640))**2).astype('f4') # 2
 _OFF = (np.cos(np.linspace(0, np.pi/2, 960))**2).astype('f4') # 30 ms
 _SKIP = 1120 # samples of attack that a slurred note goes without
 
-def _lead_note(font, stroke, n, cache, reads, single):
-    "One channel, (n,) or shorter, of a note that is held."
+def _lead_note(font, stroke, n, longest, cache, reads):
+    "One channel, (n,), of a note that is held."
     if _alone(stroke): layers = strike_note(font, stroke, n, True, reads)
-    else: layers = held(font, stroke, n, True, cache, reads)
+    else: layers = held(font, stroke, longest, True, cache, reads)
     x = np.zeros(n, 'f4')
     for l in layers:
         part = l.x[0, :n]
         saxpy(part, x[:len(part)], a=stroke.gain**l.power*l.gains[0])
-    if not single: return x
+    if len(key_map(font, *stroke.name[:3]).layers) > 1: return x
     return low_pass(x[None], 1200*math.log2((1500 + 9000*stroke.gain**2)/8.176))[0]
+
+def _later(note, seconds):
+    "The note with its bend and vibrato moved, for one whose first moments are left out."
+    bend = tuple((t + seconds, c) for t, c in note.bend)
+    vibrato = note.vibrato and (note.vibrato[0] + seconds, *note.vibrato[1:])
+    return note._replace(bend=bend, vibrato=vibrato)
 
 # %% ../../nbs/12b_synth.ipynb #26e1545b
 def render_lead(
@@ -949,14 +955,16 @@ def render_lead(
     out, reads, cache = np.zeros(n, 'f4'), {}, ByteCache(1 << 30) if tuning else _struck
     strokes = [s for s in plan_part(font, 0, program, notes, tuning) if 0 <= s.start < n]
     ends = [b.start - a.start for a, b in zip(strokes, strokes[1:])] + [1 << 40]
-    slurred = False
+    longest, slurred = {}, False
     for s, until in zip(strokes, ends):
-        single = len(key_map(font, 0, program, s.key).layers) == 1
+        need = min(s.m, until + 320) + len(_OFF) + _SKIP
+        longest[s.name] = max(longest.get(s.name, 0), need)
+    for s, until in zip(strokes, ends):
         skip, slur = _SKIP if slurred else 0, until < s.m - 80
-        m, release = (until, len(_RAMP)) if slur else (min(s.m, until + 320), len(_OFF))
-        x = _lead_note(font, s, m + release + skip, cache, reads, single)[skip:].copy()
-        fade = _RAMP[::-1] if slur else _OFF
-        x[m:] *= fade[:len(x) - m]
+        m, fade = (until, _RAMP[::-1]) if slur else (min(s.m, until + 320), _OFF)
+        if slurred: s = s._replace(note=_later(s.note, skip/SAMPLE_RATE))
+        x = _lead_note(font, s, m + len(fade) + skip, longest[s.name], cache, reads)[skip:]
+        x[m:] *= fade
         if slurred: x[:len(_RAMP)] *= _RAMP[:len(x)]
         end = min(len(x), n - s.start)
         out[s.start:s.start + end] += x[:end]

@@ -12,7 +12,8 @@ import torch
 from scipy.signal import butter, fftconvolve, sosfilt
 
 from saxgpt.codec import load_codec
-from saxgpt.demo import _frame, blow, compose
+from saxgpt.demo import _frame, compose
+from saxgpt.music.synth import load_font, render_lead
 from saxgpt.training.codec import mel_distance, voiced_pitch
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,7 +53,7 @@ if __name__ == '__main__':
     for name, (program, change) in LINES.items():
         rng, counts, far = np.random.default_rng(0), np.zeros(2), []
         for t in tunes:
-            x = blow(t.lead, t.program if program is None else program, round(t.duration*SR)).ravel()[SR:SR*(1 + SECONDS)]
+            x = render_lead(load_font(), t.program if program is None else program, t.lead, round(t.duration*SR))[0, SR:SR*(1 + SECONDS)]
             x = np.asarray(change(x*(.07/np.sqrt((x**2).mean())), rng), 'f4')
             y = codec.decode(codec.encode(torch.from_numpy(x)[None, None]))[0].cpu().numpy()
             counts += kept(x[None], y)
