@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FEW', 'codebook_cross_entropy', 'codebook_accuracy', 'perplexity', 'code_counts', 'vocabulary', 'kl_divergence',
-           'total_variation', 'first_divergence', 'consistency', 'sequence_accuracy', 'frechet_distance',
-           'frechet_infinity', 'kernel_distance', 'apa_of', 'apa', 'wilson', 'bootstrap', 'jackknife',
-           'chord_tone_share', 'chroma_agreement', 'beat_f1', 'beat_positions', 'onset_phase', 'implied_beats',
-           'beat_window', 'beat_chance', 'activity_f1', 'pitch_class_entropy', 'grooving_similarity']
+           'total_variation', 'longest_silence', 'first_divergence', 'consistency', 'sequence_accuracy',
+           'frechet_distance', 'frechet_infinity', 'kernel_distance', 'apa_of', 'apa', 'wilson', 'bootstrap',
+           'jackknife', 'chord_tone_share', 'chroma_agreement', 'beat_f1', 'beat_positions', 'onset_phase',
+           'implied_beats', 'beat_window', 'beat_chance', 'activity_f1', 'pitch_class_entropy', 'grooving_similarity']
 
 # %% ../nbs/09a_metrics.ipynb #f55dac52
 import math
@@ -117,6 +117,19 @@ def total_variation(
     p, q = (np.asarray(x, float) for x in (a, b))
     p, q = (x/np.maximum(x.sum(-1, keepdims=True), 1e-30) for x in (p, q))
     return abs(p - q).sum(-1)/2
+
+# %% ../nbs/09a_metrics.ipynb #3c1a9f03
+def longest_silence(
+    lead, # (T,) bool: which frames of the solo sound
+    backing, # (T,) bool: which frames of the backing do
+)->int: # frames, without those in which the backing is silent
+    "The longest stretch in which a solo rests over a backing that sounds."
+    lead, backing = (np.asarray(x, bool) for x in (lead, backing))
+    if lead.shape != backing.shape: raise ValueError(
+        f'{len(lead)} frames of solo and {len(backing)} of backing; give as many')
+    rest = np.cumsum(backing & ~lead)
+    last = np.maximum.accumulate(np.where(lead, rest, 0)) # rests so far, at the last note
+    return int((rest - last).max(initial=0))
 
 # %% ../nbs/09a_metrics.ipynb #42621afc
 def _same(a, b):
