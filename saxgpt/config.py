@@ -249,6 +249,7 @@ class TrainingConfig(Section):
     max_steps: int|None = field(None, 'stop after so many steps', ge=1)
     val_interval: int|None = field(None, 'steps from validation to validation; null is once an epoch', ge=1)
     val_batches: int|None = field(None, 'validate on so many batches; null is all', ge=1)
+    patience: int|None = field(None, 'stop after so many validations in a row without a better one; null goes on', ge=1)
 
 class RunConfig(Section):
     "A training run."

@@ -120,7 +120,7 @@ def cloud_config(
         elif plan is None:
             raise ConfigError(f'data.{key}: {path} is on this machine, where the job cannot see it; add --upload-data, or give a gs:// path')
         else: data[key] = plan[key][1]
-    if t.resume_from_checkpoint and not is_remote(t.resume_from_checkpoint): raise ConfigError(
+    if t.resume_from_checkpoint not in (None, 'bundled') and not is_remote(t.resume_from_checkpoint): raise ConfigError(
         f'training.resume_from_checkpoint: {t.resume_from_checkpoint} is on this machine, where the job cannot see it; '
         'copy it to the bucket and give its gs:// path')
     out = t.output_dir

@@ -118,7 +118,7 @@ class Trainer:
         self.make_plan()
         self.half = half_type(t.precision, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.half is torch.float16)
-        self.step = self.skipped = self.overflows = self.stop = self.since = self.frames = 0
+        self.step = self.skipped = self.overflows = self.worse = self.stop = self.since = self.frames = 0
         self.sums, self.bad = torch.zeros(cfg.model.num_codebooks + 2, device=world.device), torch.zeros((), device=world.device)
         w = torch.tensor(t.codebook_weights or [1.]*cfg.model.num_codebooks, dtype=torch.float64)
         self.emphasis = (w/w.mean()).float().to(world.device)          # (K,)
@@ -133,7 +133,9 @@ class Trainer:
     @property
     def epoch(self)->float: return self.loader.sampler.epoch + self.loader.sampler.position/len(self.loader.sampler)
     @property
-    def over(self)->bool: return self.step >= self.total or self.epoch >= self.cfg.training.num_epochs
+    def over(self)->bool: return self.step >= self.total or self.epoch >= self.cfg.training.num_epochs or self.hopeless
+    @property
+    def hopeless(self)->bool: return self.worse >= (self.cfg.training.patience or math.inf)
     @property
     def codec(self)->dict: return self.loader.dataset.fingerprint
     @property
@@ -361,7 +363,7 @@ def state_dict(self:Trainer)->dict:
     return dict(optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=self.scaler.state_dict(),
                 data=self.loader.state_dict() | dict(made_from=self.made_from), rng=gather(_rng(self.world.device)), sums=gather(self.sums.cpu()),
                 weights={k: v.detach().cpu().clone() for k,v in self.model.state_dict().items()} if self.average.params else None,
-                best=self.best if math.isfinite(self.best) else None, val_data=self.val_data, plan=self.plan, total=self.total,
+                best=self.best if math.isfinite(self.best) else None, worse=self.worse, val_data=self.val_data, plan=self.plan, total=self.total,
                 seconds=self.clock(), lap=self.lap(), **{k: getattr(self, k) for k in KEPT})
 
 @patch
@@ -372,7 +374,7 @@ def load_state_dict(self:Trainer, state:dict):
     check_moments(self.optimizer, state['optimizer'])
     for k in ('optimizer', 'schedule', 'scaler'): getattr(self, k).load_state_dict(state[k])
     for k in ('seconds', *KEPT): setattr(self, k, state[k])
-    self.best = math.inf if state['best'] is None else state['best']
+    self.best, self.worse = math.inf if state['best'] is None else state['best'], state.get('worse', 0)
     self.logged_at = self.seconds - state['lap']
     self.load_ranks(state['rng'], state['sums'])
     self.load_data(state)
@@ -400,7 +402,7 @@ def load_data(self:Trainer, state:dict):
         self.say(f'{what}; going on with a new pass over them')
     else: self.loader.load_state_dict(then)
     if state['val_data'] != self.val_data:
-        self.best, self.schedule.best = math.inf, math.inf
+        self.best, self.schedule.best, self.worse = math.inf, math.inf, 0
         self.say('the validation set has changed since the checkpoint: what was best before does not count any more')
 
 # %% ../../nbs/07d_loop.ipynb #8eed9e34
@@ -459,10 +461,12 @@ def check_resumed(self:Trainer,
     keep = lambda m: {k: v for k,v in m.items() if k not in HARMLESS}
     if d := differences(keep(then['model']), keep(now['model'])):
         other = 'training.output_dir' if folder.parent == self.checkpoints else 'training.resume_from_checkpoint'
-        raise TrainingError(f'{folder}: is of another model ({"; ".join(d)}); undo that or choose another {other}')
+        raise TrainingError(f'{folder}: is of another model ({"; ".join(d)}); undo that or choose another {other}' +
+                            ' (null: from nothing)'*other.endswith('checkpoint'))
     if (theirs := {k: about[k] for k in self.codec}) != self.codec:
         raise TrainingError('{}: trained on codes of {codec_name} ({codec_hash}), but '.format(folder, **theirs) +
-                            '{} holds codes of {codec_name} ({codec_hash})'.format(self.loader.dataset.path, **self.codec))
+                            '{} holds codes of {codec_name} ({codec_hash}); make them again with the codec of the checkpoint, or begin '
+                            'from nothing with training.resume_from_checkpoint=null'.format(self.loader.dataset.path, **self.codec))
     if d := differences(then, now): self.say('changed since the checkpoint: ' + '; '.join(d))
 
 # %% ../../nbs/07d_loop.ipynb #f8582ba5
@@ -523,6 +527,7 @@ def resume(self:Trainer)->bool: # whether there was a run to go on with
     self.model.load_state_dict(found['weights'])
     self.average.reset()
     if found['state']: usable(found['folder'], self.load_state_dict, found['state'])
+    else: self.val_due = bool(found['folder'])                          # how good was it before?
     return bool(found['state'])
 
 # %% ../../nbs/07d_loop.ipynb #15f1f2dc
@@ -568,8 +573,10 @@ def check_up(self:Trainer,
             f'and run again: it goes on from the last checkpoint in {self.checkpoints}')
         self.log('val', loss=self.val, codebooks=each)
         self.schedule.observe(self.val)
-        if self.val < self.best: self.best, names, best = self.val, (*names, 'best'), ' best'
+        self.worse += 1
+        if self.val < self.best: self.best, self.worse, names, best = self.val, 0, (*names, 'best'), ' best'
         self.say(f'step {self.step}, epoch {self.epoch:.2f}: validation {self.val:.4f} ({" ".join(f"{x:.3f}" for x in each)}){best}')
+        if self.hopeless: self.say(f'{self.worse} validations without a better one (training.patience): this is the end; the best is in {self.checkpoints/"best"}')
     self.save(*names)
     return False
 
@@ -659,7 +666,7 @@ def run(self:Trainer)->int: # 0, or the signal that stopped the run
     live = Said().isatty()
     with stop_signals(note), tqdm(total=self.total, initial=self.step, disable=not (t.use_pbar and self.world.main), unit='step',
                                   dynamic_ncols=True, mininterval=.2 if live else 30, file=Said()) as bar:
-        stopped = bool(self.val_due and self.check_up(*self.names))
+        stopped = bool(self.val_due and self.check_up(*(self.names if self.step else ())))
         while not (self.over or stopped):
             for group,place in self.steps():
                 stopped = self.after_step(self.train_step(group, place))
