@@ -220,7 +220,7 @@ def articulate(
     rng:np.random.Generator,
 )->list: # (start, end, key, velocity, bend, vibrato), one at a time
     "Notes as a saxophonist plays them."
-    u, out = rng.random((len(notes), 8)), []
+    u, out = rng.random((len(notes), 8)).tolist(), []
     for n, ((s, e, k, v), after, x) in enumerate(zip(notes, [*(m[0] for m in notes[1:]), 1e9], u)):
         e = min(s + (e - s)*(.5 + .2*x[7] if x[6] < style.tongued and e - s < .3 else .94), after)
         parts = [(s, e, k, v)]
