@@ -23,6 +23,7 @@ commands = dict(
     vertex='train on rented machines of Vertex AI',
     evaluate='say how well a checkpoint predicts, and whether it listens',
     sweep='find out how bold it should play',
+    worlds='measure it over bands that it did not learn from',
     doctor='say what works here, and what to do about what does not')
 
 # %% ../nbs/15_cli.ipynb #8d2c91f4

@@ -28,11 +28,12 @@ layers = [
     {'codec', 'demo', 'data', 'model'},
     {'training', 'monitor'},
     {'train', 'generate'},
-    {'fit', 'fad', 'report', 'evaluate', 'sweep'},
+    {'fit', 'fad', 'report', 'evaluate', 'sweep', 'worlds'},
     {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
 ]
 inside = {('audio', 'files'), ('remote', 'files'), ('config', 'remote'), ('data', 'codec'), ('demo', 'codec'), ('demo', 'data'), ('music', 'music'),
-          ('model', 'model'), ('training', 'training'), ('evaluate', 'fit'), ('evaluate', 'fad'), ('evaluate', 'report'), ('report', 'fit'), ('sweep', 'evaluate')}
+          ('model', 'model'), ('training', 'training'), ('evaluate', 'fit'), ('evaluate', 'fad'), ('evaluate', 'report'), ('report', 'fit'), ('sweep', 'evaluate'),
+          ('worlds', 'evaluate'), ('worlds', 'fit')}
 
 
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
