@@ -74,7 +74,7 @@ class Rotary(nn.Module):
         channels:int, # Of a head, even
     ):
         super().__init__()
-        table = sinusoids(max_seq_len, channels).unflatten(1, (-1, 2))    # sine and cosine of each pair
+        table = sinusoids(max_seq_len, channels).unflatten(1, (-1, 2)).flip(-1)     # cosine and sine
         self.register_buffer('table', table, persistent=False)
 
     def forward(self,
@@ -82,9 +82,9 @@ class Rotary(nn.Module):
         start:int=0, # Place of the first step; a tensor (1,) for a single one
     ) -> Tensor: # (B, H, S, D/H)
         "`x`, turned."
-        sin, cos = places(self.table, start, x.shape[2]).to(x.dtype).unbind(-1)
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([a*cos - b*sin, a*sin + b*cos], -1).flatten(-2)
+        by = torch.view_as_complex(places(self.table, start, x.shape[2]).float())
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * by).flatten(-2).to(x.dtype)
 
 # %% ../../nbs/06b_codebooks.ipynb #e8c66362
 class CodebookHeads(nn.Module):
