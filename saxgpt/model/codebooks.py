@@ -84,7 +84,12 @@ class Rotary(nn.Module):
         start:int=0, # Place of the first step; a tensor (1,) for a single one
     ) -> Tensor: # (B, H, S, D/H)
         "`x`, turned."
-        by = torch.view_as_complex(places(self.table, start, x.shape[2]).float())
+        table = places(self.table, start, x.shape[2])
+        if torch.compiler.is_compiling():                            # which knows no complex numbers
+            cos, sin = table.to(x.dtype).unbind(-1)
+            a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+            return torch.stack([a*cos - b*sin, a*sin + b*cos], -1).flatten(-2)
+        by = torch.view_as_complex(table.float())
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * by).flatten(-2).to(x.dtype)
 
