@@ -7,6 +7,8 @@ __all__ = ['CodebookEmbedding', 'sinusoids', 'places', 'Positions', 'Rotary', 'C
 
 # %% ../../nbs/06b_codebooks.ipynb #e3aeb185
 import math, torch
+from fastcore.basics import patch
+from itertools import product
 from torch import nn, Tensor
 
 # %% ../../nbs/06b_codebooks.ipynb #62dcc8a4
@@ -74,7 +76,7 @@ class Rotary(nn.Module):
         channels:int, # Of a head, even
     ):
         super().__init__()
-        table = sinusoids(max_seq_len, channels).unflatten(1, (-1, 2))    # sine and cosine of each pair
+        table = sinusoids(max_seq_len, channels).unflatten(1, (-1, 2)).flip(-1)     # cosine and sine
         self.register_buffer('table', table, persistent=False)
 
     def forward(self,
@@ -82,9 +84,14 @@ class Rotary(nn.Module):
         start:int=0, # Place of the first step; a tensor (1,) for a single one
     ) -> Tensor: # (B, H, S, D/H)
         "`x`, turned."
-        sin, cos = places(self.table, start, x.shape[2]).to(x.dtype).unbind(-1)
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([a*cos - b*sin, a*sin + b*cos], -1).flatten(-2)
+        table = places(self.table, start, x.shape[2])
+        if torch.compiler.is_compiling():                            # which knows no complex numbers
+            cos, sin = table.to(x.dtype).unbind(-1)
+            a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+            return torch.stack([a*cos - b*sin, a*sin + b*cos], -1).flatten(-2)
+        by = torch.view_as_complex(table.float())
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * by).flatten(-2).to(x.dtype)
 
 # %% ../../nbs/06b_codebooks.ipynb #e8c66362
 class CodebookHeads(nn.Module):
@@ -104,3 +111,49 @@ class CodebookHeads(nn.Module):
     ) -> Tensor: # Logits (B, K, S, cardinality)
         "One row of logits for each codebook of each step."
         return self.proj(x).unflatten(-1, self.shape).transpose(1, 2)
+
+# %% ../../nbs/06b_codebooks.ipynb #e51b7f02
+class _HeadsLoss(torch.autograd.Function):
+    "Cross-entropy of each codebook's head with its gradients, computed a few rows at a time."
+    rows = 512
+
+    @staticmethod
+    def forward(ctx, x, weight, target, share, dtype): # (N, D), (K, V, D), (N, K), (N, K)
+        h, w, n = x.to(dtype), weight.to(dtype), _HeadsLoss.rows
+        loss, dx = share.new_zeros(len(w)), share.new_empty(len(w), *x.shape)
+        dw = torch.zeros_like(weight)
+        for k, i in product(range(len(w)), range(0, len(x), n)):
+            y, s = target[i:i+n, k, None], share[i:i+n, k, None]
+            z = (h[i:i+n] @ w[k].T).float()
+            z -= z.amax(1, keepdim=True)
+            hit = z.gather(1, y)
+            p = z.exp_()
+            total = p.sum(1, keepdim=True)
+            loss[k] += ((total.log() - hit)*s).sum()
+            p = p.mul_(s/total).scatter_add_(1, y, -s).to(dtype)     # the gradient of the logits
+            dx[k, i:i+n] = p @ w[k]
+            dw[k] += p.T @ h[i:i+n]
+        ctx.save_for_backward(dx, dw)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return torch.einsum('k,knd->nd', grad, dx), grad[:, None, None]*dw, None, None, None
+
+# %% ../../nbs/06b_codebooks.ipynb #94c6a3de
+@patch
+def cross_entropy(self:CodebookHeads,
+    x:Tensor, # (B, S, D)
+    target:Tensor, # codes (B, K, S); anything where not valid
+    valid:Tensor, # bool (B, K, S): which steps count
+) -> Tensor: # (K,) mean nats per codebook, 0 for a codebook without valid steps
+    "Cross-entropy of the logits of `x`, which are not held all at once; for a processor."
+    on = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if on else x.dtype
+    rows = lambda t: t.transpose(1, 2).flatten(0, 1)                 # (N, K)
+    share = valid / valid.sum((0, 2), keepdim=True).clamp(min=1)
+    target = rows(target.masked_fill(~valid, 0))
+    weight = self.proj.weight.unflatten(0, self.shape)
+    return _HeadsLoss.apply(x.flatten(0, 1), weight, target, rows(share), dtype)

@@ -33,7 +33,7 @@ class FeedForward(nn.Module):
     ):
         super().__init__()
         self.up, self.down = nn.Linear(d_model, dim_feedforward, bias=False), nn.Linear(dim_feedforward, d_model, bias=False)
-        self.act, self.drop = dict(relu=F.relu, gelu=F.gelu)[activation], nn.Dropout(dropout)
+        self.act, self.drop = dict(relu=torch.relu_, gelu=F.gelu)[activation], nn.Dropout(dropout)
 
     def forward(self, x): return self.down(self.drop(self.act(self.up(x))))
 

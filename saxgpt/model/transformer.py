@@ -78,20 +78,23 @@ def forward(self:SaxGPT,
     backing:Tensor, # Delayed codes (B, K, S)
     lead:Tensor, # Delayed codes (B, K, S'), S' <= S
     padded:bool=None, # Whether some step of the backing is padding; None looks
+    logits:bool=True, # False: what the heads make them from, (B, S', D)
 ) -> Tensor: # Logits (B, K, S', 2048); those of step s are for step s + 1
     "All steps of known leads at once; in training some of them without their backing."
     m = self.encode(backing, padded)
-    return self.decode(self.forget(m) if self.training else m, lead)
+    return self.decode(self.forget(m) if self.training else m, lead, logits)
 
 @patch
 def decode(self:SaxGPT,
     m:Memory, # What the decoder listens to, S steps
     lead:Tensor, # Delayed codes (B, K, S'), S' <= S
+    logits:bool=True, # False: what the heads make them from, (B, S', D)
 ) -> Tensor: # Logits (B, K, S', 2048)
     "All steps of known leads over a given memory."
     x = self.steps(lead)
     if self.fuse: x = x + self.ahead(m)[:, :x.shape[1]]
-    return self.heads(self.decoder(x, m.x, m.mask))
+    x = self.decoder(x, m.x, m.mask)
+    return self.heads(x) if logits else x
 
 # %% ../../nbs/06_model.ipynb #e711bd4e
 @patch
@@ -163,11 +166,12 @@ def restart(self:SaxGPT,
 
 # %% ../../nbs/06_model.ipynb #caad418d
 def next_step_loss(
-    logits:Tensor, # From `SaxGPT` (B, K, S, 2048)
+    logits:Tensor, # From `SaxGPT` (B, K, S, 2048), or (B, S, D) without its heads
     lead:Tensor, # Delayed codes (B, K, S)
     valid:Tensor, # bool (B, K, S), True where the lead holds a code that counts
+    heads:CodebookHeads=None, # Those of the model, where the logits are not made yet
 ) -> tuple: # The loss, and its part of each codebook (K,)
     "How far the logits are from the next step, mean over codebooks, nats."
     target, valid = (F.pad(t[:, :, 1:], (0, 1)) for t in (lead, valid))
-    each = codebook_cross_entropy(logits, target, valid)
+    each = (heads.cross_entropy if heads else codebook_cross_entropy)(logits, target, valid)
     return each.mean(), each

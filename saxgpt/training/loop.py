@@ -23,7 +23,8 @@ from ..data.dataset import CodesDataset, DatasetError, ResumableSampler, make_lo
 from ..files import Said, append_jsonl, locked, reason, replace_dir, say, sweep, write_tensors
 from ..model.transformer import SaxGPT, next_step_loss, real_steps
 from ..remote import RemoteError, is_remote, put
-from .budget import compile_gain, memory_gb, peak_flops, window_flops
+from .budget import (compile_gain, keep_freed_memory, memory_gb, peak_flops,
+                                    window_flops)
 from .checkpoint import CheckpointError, link_checkpoint, load_trainer_state, load_weights, save_checkpoint, verify
 from .dist import World, barrier, broadcast, gather, joined, no_sync, shares, total, wrap
 from .listening import embed_vectors, forget_past, missed_at
@@ -108,12 +109,15 @@ class Trainer:
         t, self.cfg, self.world = cfg.training, cfg, world
         self.mirror = Mirror(t.output_dir, world.main)
         self.out, self.checkpoints = self.mirror.folder, self.mirror.folder/'checkpoints'
-        if world.device.type == 'cpu': torch.set_flush_denormal(True)
+        if world.device.type == 'cpu':
+            torch.set_flush_denormal(True)
+            keep_freed_memory()
         self.loader, self.val_loader = open_data(cfg, world)
         torch.manual_seed(t.seed)
         self.model = SaxGPT(cfg.model).to(world.device)
         self.average, self.optimizer = Average(self.model, t.ema_decay), make_optimizer(self.model, t.optimizer)
         self.net, self.compiled = wrap(self.model, world), None
+        self.heads = self.model.heads if world.device.type == 'cpu' else None      # which make the loss without all logits
         self.schedule = Schedule(t.scheduler, 1)
         self.make_plan()
         self.half = half_type(t.precision, world.device)
@@ -182,7 +186,9 @@ def learn(self:Trainer,
     missed = missed_at(past := self.cfg.training.history, self.step)
     if missed or past.stretches: heard = forget_past(heard, self.cfg.model.padding_idx, missed, past.stretches)
     with no_sync(self.net, not last):
-        with self.autocast(): _, each = next_step_loss(self.net(b['backing'], heard, padded), b['lead'], b['valid'])
+        with self.autocast():
+            out = self.net(b['backing'], heard, padded, not self.heads)
+            _, each = next_step_loss(out, b['lead'], b['valid'], self.heads)
         each = each * b['weights']
         self.scaler.scale((each*self.emphasis).mean()).backward()
     self.frames += len(b['lead']) * self.loader.dataset.seq_len * self.world.size
