@@ -14,16 +14,22 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from forks import warm
 from saxgpt.audio import load_mono, resample
+from saxgpt.config import ModelConfig
 from saxgpt.data.dataset import SPLITS, CodesDataset, split_of
 from saxgpt.data.download import find_recordings, ingest
 from saxgpt.demo import demo_backing, make_corpus
 from saxgpt.files import read_jsonl, read_tensors
+from saxgpt.model.transformer import SaxGPT
+from saxgpt.training.checkpoint import give_away, load_model
 
-env = dict(os.environ, OMP_NUM_THREADS='1')
+cold = dict(os.environ, OMP_NUM_THREADS='1')            # each command at least once
+env = cold | warm('saxgpt.generate', 'saxgpt.pipeline', 'saxgpt.train', 'librosa', 'matplotlib.pyplot', 'scipy.signal', 'torch._dynamo',
+                  *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'windows', 'codes', 'dataset')), family=True)
 
 
-def run(*args, ok=True, **kw):
+def run(*args, ok=True, env=env, **kw):
     "Run `python -m saxgpt.*` and give the finished process."
     r = subprocess.run([sys.executable, '-m', *map(str, args)], capture_output=True, text=True, env=env, **kw)
     if ok: assert r.returncode == 0, r.stderr
@@ -43,7 +49,7 @@ def test_solo_over_a_stereo_44k_mp3(tmp_path):
             frame.sample_rate, frame.pts = 44100, i
             c.mux(stream.encode(frame))
         c.mux(stream.encode(None))
-    r = run('saxgpt.generate', tmp_path/'band.mp3', '-o', tmp_path/'solo.wav', '--seed', 1)
+    r = run('saxgpt.generate', tmp_path/'band.mp3', '-o', tmp_path/'solo.wav', '--seed', 1, env=cold)
     solo, rate = sf.read(tmp_path/'solo.wav')
     mix, _ = sf.read(tmp_path/'solo-mix.wav')
     assert rate == 32000 and abs(len(solo)/rate - 5) < .1 and len(mix) == len(solo)
@@ -53,7 +59,7 @@ def test_solo_over_a_stereo_44k_mp3(tmp_path):
 
 
 def test_solo_depends_on_the_seed_alone(tmp_path):
-    backing = resample(load_mono(demo_backing()[0])[:, :6*32000], 32000, 8000)
+    backing = resample(load_mono(demo_backing()[0])[:, :3*32000], 32000, 8000)
     sf.write(tmp_path/'band.wav', np.repeat(backing, 6, 0).T, 8000)
     for name, seed in ('a', 1), ('b', 1), ('c', 2):
         run('saxgpt.generate', tmp_path/'band.wav', '-o', tmp_path/f'{name}.wav', '--seed', seed, '--temperature', 1.2)
@@ -81,30 +87,40 @@ def test_bad_argument_is_one_line(tmp_path, args):
     assert r.returncode == 2 and r.stderr.strip().count('\n') == 0, r.stderr
 
 
+def sigint_as_usual():
+    "SIGINT is ignored where the tests run in the background."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_whole_tune_after_a_beginning_and_ctrl_c_keeps_what_was_played(tmp_path):
-    x, rate = np.random.default_rng(0).normal(size=32000*600)*.05, 32000
+    x, rate = np.random.default_rng(0).normal(size=32000*120)*.05, 32000
     sf.write(tmp_path/'tune.wav', x, rate)
     sf.write(tmp_path/'begin.wav', np.sin(2*np.pi*220*np.arange(2*rate)/rate)/4, rate)
     args = ['saxgpt.generate', tmp_path/'tune.wav', '-o', tmp_path/'solo.wav', '--prompt', tmp_path/'begin.wav']
     with open(tmp_path/'bar', 'w') as bar:
         p = subprocess.Popen([sys.executable, '-m', *map(str, args)], env=env, stdout=subprocess.DEVNULL, stderr=bar, start_new_session=True,
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # ignored, where the tests run in the background
-        def frames(): return [int(n) for n in re.findall(r'(\d+)/30000 frames', (tmp_path/'bar').read_text())] or [0]
+                             preexec_fn=None if 'SAXGPT_WARM' in env else sigint_as_usual)
+        def frames(): return [int(n) for n in re.findall(r'(\d+)/6000 frames', (tmp_path/'bar').read_text())] or [0]
         while p.poll() is None and frames()[-1] < 1700: time.sleep(.05)     # in the second window
         p.send_signal(signal.SIGINT)
         p.wait(600)
     said = (tmp_path/'bar').read_text().splitlines()[-1]
     assert p.returncode == 130 and 'interrupted: the first' in said and 'Traceback' not in said, said
     solo, mix = (sf.read(tmp_path/n)[0] for n in ('solo.wav', 'solo-mix.wav'))
-    assert 1700*640 <= len(solo) == len(mix) < 30000*640
+    assert 1700*640 <= len(solo) == len(mix) < 6000*640
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'c++'))), reason='no C++ compiler on this machine')
 def test_compiled_steps_play_the_same(tmp_path):
+    model, about = load_model()
+    shallow = SaxGPT(ModelConfig(**about['config']['model'] | dict(num_encoder_layers=1, num_decoder_layers=1))).eval()
+    shallow.load_state_dict({k: v for k, v in model.state_dict().items() if k in shallow.state_dict()})
+    shallow.about = about | dict(config=about['config'] | dict(model=shallow.cfg.model_dump()))
+    give_away(shallow, tmp_path/'shallow')                   # fewer layers to compile
     for name, more in ('plain', ()), ('compiled', ['--compile']):
-        run('saxgpt.generate', 'demo', '-o', tmp_path/f'{name}.wav', '--seconds', 4, '--temperature', 0, *more)
+        run('saxgpt.generate', 'demo', '-o', tmp_path/f'{name}.wav', '--checkpoint', tmp_path/'shallow', '--seconds', 4, '--temperature', 0, *more)
     plain, compiled = (sf.read(tmp_path/f'{n}.wav')[0] for n in ('plain', 'compiled'))
-    assert np.array_equal(plain, compiled)
+    assert np.array_equal(plain, compiled) and np.abs(plain).max() > .01
 
 
 # recordings to weights
@@ -118,14 +134,14 @@ tiny = ['model.d_model=32', 'model.nhead=2', 'model.num_encoder_layers=1', 'mode
 def dataset(tmp_path_factory):
     "A demo corpus of a few minutes, taken all the way to datasets by the pipeline's command."
     d = tmp_path_factory.mktemp('data')
-    make_corpus(d/'corpus', 4, seed=5, n_jobs=2)
+    make_corpus(d/'corpus', 3, seed=5, n_jobs=2)
     ids = [ingest(r, d/'1')['id'] for r in find_recordings(d/'corpus')]
     seed = next(s for s in count() if {split_of(i, s, .3, .3) for i in ids} == set(SPLITS))
     paths = [f'data_paths.{k}={d/v}' for k, v in dict(dl_dir='1', stems_dir='2', metadata_path='3.csv', clips_dir='4', aug_dir='5', codes_dir='6',
                                                       datasets_dir='7').items()]
     settings = [f'source={d/"corpus"}', *paths, 'rms_window.min_window_size_seconds=12', 'dataset.seq_len=300', 'dataset.stride=150',
                 'train_test_split.val=0.3', 'train_test_split.test=0.3', f'train_test_split.seed={seed}']
-    first = run('saxgpt.pipeline', '--config', 'demo', *settings)
+    first = run('saxgpt.pipeline', '--config', 'demo', *settings, env=cold)
     hashes = {p.name: p.read_bytes() for p in (d/'7').glob('*.safetensors')}
     run('saxgpt.pipeline', '--config', 'demo', *settings)
     assert hashes == {p.name: p.read_bytes() for p in (d/'7').glob('*.safetensors')}, 'a second run changes nothing'
@@ -151,7 +167,7 @@ def test_splits_are_by_recording(dataset):
 
 def test_killed_and_started_again_ends_the_same(dataset, tmp_path):
     more = ['training.max_steps=12', 'training.val_interval=3']
-    run(*train_args(dataset, tmp_path/'whole', *more))
+    run(*train_args(dataset, tmp_path/'whole', *more), env=cold)
     args = [sys.executable, '-m', *train_args(dataset, tmp_path/'cut', *more)]
     p = subprocess.Popen(args, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path/'cut/metrics.jsonl'

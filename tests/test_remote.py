@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fakes import FakeGCS
+from forks import warm
 from saxgpt import remote
 from saxgpt.files import atomic_dir, file_hash
 from saxgpt.remote import RemoteError, RemoteMissing, download, fetch, list_names, put, read_text, remove
@@ -44,7 +45,7 @@ def save(folder, step, size=MB // 4):
 
 def start(code, cache, *args):
     "A process of its own that runs `code`."
-    env = os.environ | dict(SAXGPT_CACHE=str(cache), PYTHONPATH=str(Path(__file__).parent))
+    env = os.environ | warm('saxgpt.training.mirror', 'gcsfs') | dict(SAXGPT_CACHE=str(cache), PYTHONPATH=str(Path(__file__).parent))
     return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 

@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 
 from fakes import FakeGCS
+from forks import warm
 from kills import config_file, toy_data
 from saxgpt.training.dist import PeerError, ProcessError, joined, launch, total
 
 env = {k: v for k, v in os.environ.items() if k not in ('CLUSTER_SPEC', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
 env |= dict(OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1', GOOGLE_CLOUD_PROJECT='', PYTHONPATH=str(Path(__file__).parent))
+client = env | warm('saxgpt.vertex', 'google.cloud.aiplatform_v1', 'gcsfs')
+training = 'saxgpt.train', 'gcsfs', 'pytest', 'torch._dynamo', 'torch.distributed.launcher.api', 'torch.distributed.run'
+machine = env | warm(*training, family=True)
 
 
 # a fake Vertex AI
@@ -85,7 +89,7 @@ def started(fake, *args, **more):
     "The command, with Ctrl-C at work even where a shell has switched it off. No `preexec_fn`: that forks, and the fake's gRPC, whose threads live here, would speak up in the fork"
     code = 'import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_module("saxgpt.vertex", run_name="__main__", alter_sys=True)'
     return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=env | dict(VERTEX_EMULATOR_HOST=fake.host if fake else '127.0.0.1:1') | more)
+                            env=client | dict(VERTEX_EMULATOR_HOST=fake.host if fake else '127.0.0.1:1') | more)
 
 
 def vertex(fake, *args, **more):
@@ -200,7 +204,7 @@ def take_away(pid):
 def on_machines(command, tmp_path, **more):
     "Run a container's command on two machines; gives what they said and how they ended."
     port, logs = free_port(), [tmp_path/f'machine{i}.log' for i in range(2)]
-    machines = [subprocess.Popen(command, env=env | cluster_env(port, i) | more, stdout=open(log, 'w'), stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True) for i, log in enumerate(logs)]
+    machines = [subprocess.Popen(command, env=machine | cluster_env(port, i) | more, stdout=open(log, 'w'), stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True) for i, log in enumerate(logs)]
     return machines, logs
 
 
@@ -209,7 +213,7 @@ def test_two_machines_train_one_model_and_one_is_taken_away(tmp_path):
     pytest.importorskip('gcsfs')
     out = tmp_path/'run'
     toy_data(tmp_path/'data')
-    config = config_file(tmp_path/'data', out, num_epochs=40)
+    config = config_file(tmp_path/'data', out, num_epochs=8)
     with FakeGCS('my-bucket') as gcs, FakeVertex() as fake:
         where = dict(STORAGE_EMULATOR_HOST=gcs.url)
         for again in (0, 1):
@@ -256,7 +260,8 @@ def dies_once(flag):
 
 
 @pytest.mark.parametrize('how, says', [('kill', 'ended by SIGKILL'), ('raise', 'rank 1 has had enough'), ('exit', 'ended with status 7')])
-def test_one_dead_process_ends_all_with_its_own_error(how, says):
+def test_one_dead_process_ends_all_with_its_own_error(monkeypatch, how, says):
+    for k, v in warm(*training).items(): monkeypatch.setenv(k, v)
     began = time.monotonic()
     with pytest.raises(ProcessError) as e: launch(dies, (how,), 3)
     assert str(e.value).startswith(f'process 1: {says}') and e.value.rank == 1, e.value
@@ -265,7 +270,7 @@ def test_one_dead_process_ends_all_with_its_own_error(how, says):
 
 @pytest.mark.parametrize('how, says', [('kill', 'Signal 9 (SIGKILL)'), ('raise', 'ValueError: rank 1 has had enough')])
 def test_torchrun_names_the_dead_process(how, says):
-    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', __file__, 'dies', how], env=env, capture_output=True, text=True, timeout=90)
+    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'test_vertex', 'dies', how], env=machine, capture_output=True, text=True, timeout=90)
     assert r.returncode == 1
     cause = r.stderr.split('Root Cause')[1]
     assert 'rank      : 1 ' in cause and says in cause and 'PeerError' not in r.stderr, r.stderr
@@ -275,8 +280,8 @@ def test_torchrun_names_the_dead_process(how, says):
 def test_torchrun_starts_all_again(tmp_path, more):
     "Torch 2.11 lets the new processes find the addresses of the dead; `meeting` does not."
     if more[0] != '--standalone': more[0] = f'--master-port={free_port()}'
-    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', *more, '--max-restarts=1', '--nproc_per_node=2', __file__, 'dies_once', str(tmp_path/'flag')],
-                       env=env, capture_output=True, text=True, timeout=90)
+    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', *more, '--max-restarts=1', '--nproc_per_node=2', '-m', 'test_vertex', 'dies_once', str(tmp_path/'flag')],
+                       env=machine, capture_output=True, text=True, timeout=90)
     assert r.returncode == 0 and '(0, 2.0)' in r.stdout and '(1, 2.0)' in r.stdout, r.stderr
 
 
@@ -284,7 +289,7 @@ def test_torchrun_starts_all_again(tmp_path, more):
     ('dies', 'raise', ['process 0: lost another process', 'process 1: rank 1 has had enough']), ('dies', 'kill', ['process 0: lost another process', 'process 1: ended by SIGKILL']),
     ('dies_once', 'flag', ['(0, 2.0)', '(1, 2.0)'])], ids=['raise', 'kill', 'again'])
 def test_one_dead_machine(tmp_path, fn, arg, says):
-    machines, logs = on_machines([sys.executable, __file__, 'machine', fn, arg], tmp_path)
+    machines, logs = on_machines([sys.executable, '-m', 'test_vertex', 'machine', fn, arg], tmp_path)
     for m in machines: m.wait(600)
     for log, text in zip(logs, says): assert text in log.read_text(), log.read_text()
 
@@ -292,7 +297,7 @@ def test_one_dead_machine(tmp_path, fn, arg, says):
 def test_a_machine_that_never_comes(tmp_path):
     "The other one says so, and does not wait for ever."
     for node in (0, 1):
-        r = subprocess.run([sys.executable, __file__, 'machine', 'dies_once', str(tmp_path/'flag')], env=env | cluster_env(free_port(), node) | dict(SAXGPT_WAIT_S='3'),
+        r = subprocess.run([sys.executable, '-m', 'test_vertex', 'machine', 'dies_once', str(tmp_path/'flag')], env=machine | cluster_env(free_port(), node) | dict(SAXGPT_WAIT_S='3'),
                            capture_output=True, text=True, timeout=60)
         assert f'PeerError machine {node} of 2' in r.stdout and 'not all came within 3 s' in r.stdout, r.stdout + r.stderr
 
