@@ -104,7 +104,7 @@ def sample(
     return Sampler(temperature, top_k, top_p, logits.shape[1])(logits, generators)
 
 # %% ../nbs/08a_sampling.ipynb #57daa723
-REST_BIAS = dict(sparse=1., busy=-1.) # logits added to those of rests at density -1 and 1
+REST_BIAS = dict(sparse=8., busy=-8.) # logits added to those of rests at density -1 and 1
 
 def rest_bias(
     density:float, # from -1, sparse, over 0, as learnt, to 1, busy
