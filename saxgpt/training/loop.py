@@ -23,7 +23,7 @@ from ..data.dataset import CodesDataset, DatasetError, ResumableSampler, make_lo
 from ..files import Said, append_jsonl, locked, reason, replace_dir, say, sweep, write_tensors
 from ..model.transformer import SaxGPT, next_step_loss, real_steps
 from ..remote import RemoteError, is_remote, put
-from .budget import (compile_gain, keep_freed_memory, memory_gb, peak_flops,
+from .budget import (compile_gain, has_bf16, keep_freed_memory, memory_gb, peak_flops,
                                     window_flops)
 from .checkpoint import CheckpointError, link_checkpoint, load_trainer_state, load_weights, save_checkpoint, verify
 from .dist import World, barrier, broadcast, gather, joined, no_sync, shares, total, wrap
@@ -610,6 +610,8 @@ def introduce(self:Trainer,
     each = f'{len(d)} windows of {d.seq_len/float(d.meta.get("frame_rate", 50)):g} s'
     self.say(f'{n/1e6:.1f} M parameters, {each}, {self.total} steps, {w.size} x {w.device.type} in {str(self.half or torch.float32)[6:]}' +
              ', compiled'*bool(self.compiled))
+    if w.device.type == 'cpu' and self.half and not has_bf16(): self.say(
+        'this processor only emulates bf16, which takes several times as long as fp32: training.precision=fp32 is faster')
     if self.val_loader is None:
         self.say('no validation set, or an empty one: nothing is validated and there is no checkpoint `best`; use `last`' +
                  '; the learning rate of a plateau schedule does not fall'*(self.cfg.training.scheduler.type == 'plateau'))

@@ -16,6 +16,7 @@ from ..codec import CodecError, MelCodec, dequantize, load_codec, log_mel_frames
 from ..config import command
 from ..files import content_hash, read_tensors, write_tensors
 from ..spectra import Spectra, load_spectra
+from .budget import has_bf16
 from .codec import codec_figures, corpus_wavs
 
 # %% ../../nbs/04d_spectra_training.ipynb #c6f0cd4a
@@ -108,7 +109,7 @@ def fit_spectra(
         for g in opt.param_groups: g['lr'] = lr*min(1, (step + 1)/100)*(.02 + .49*(1 + math.cos(math.pi*step/steps)))
         rng = np.random.default_rng([seed, step])
         mel, want = zip(*(pair(codec, excerpt(wavs, seconds, rng)) for _ in range(batch)))
-        with torch.autocast('cpu', torch.bfloat16): got = net.log_amplitudes(torch.stack(mel))
+        with torch.autocast('cpu', torch.bfloat16, enabled=has_bf16()): got = net.log_amplitudes(torch.stack(mel))
         loss = spectral_loss(got.float(), torch.stack(want).transpose(1, 2), bands, codec.settings.floor) @ WEIGHTS
         opt.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.)
