@@ -545,7 +545,12 @@ def test_first_configuration_works_as_it_is(music, tmp_path):
 
 HEAD = '''
 import ray, sys
-c = ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80*2**20, configure_logging=False, log_to_driver=False)
+how = dict(num_cpus=2, include_dashboard=False, object_store_memory=80*2**20, configure_logging=False, log_to_driver=False)
+for left in range(9, -1, -1): # ray gives its processes 30 s to start, and a busy machine may take longer
+    try: c = ray.init(**how); break
+    except Exception:
+        if not left: raise
+        ray.shutdown()
 print(c.address_info['gcs_address'], flush=True)
 sys.stdin.read()
 ray.shutdown()

@@ -133,13 +133,12 @@ class Trainer:
         self.seconds = self.logged_at = self.waited = 0.
         self.complained_at, self.aside_at = -math.inf, None
 
+    def hopeless(self)->bool: return self.worse >= (self.cfg.training.patience or math.inf)
     def autocast(self): return torch.autocast(self.world.device.type, self.half) if self.half else nullcontext()
     @property
     def epoch(self)->float: return self.loader.sampler.epoch + self.loader.sampler.position/len(self.loader.sampler)
     @property
-    def over(self)->bool: return self.step >= self.total or self.epoch >= self.cfg.training.num_epochs or self.hopeless
-    @property
-    def hopeless(self)->bool: return self.worse >= (self.cfg.training.patience or math.inf)
+    def over(self)->bool: return self.step >= self.total or self.epoch >= self.cfg.training.num_epochs or self.hopeless()
     @property
     def codec(self)->dict: return self.loader.dataset.fingerprint
     @property
@@ -582,7 +581,7 @@ def check_up(self:Trainer,
         self.worse += 1
         if self.val < self.best: self.best, self.worse, names, best = self.val, 0, (*names, 'best'), ' best'
         self.say(f'step {self.step}, epoch {self.epoch:.2f}: validation {self.val:.4f} ({" ".join(f"{x:.3f}" for x in each)}){best}')
-        if self.hopeless: self.say(f'{self.worse} validations without a better one (training.patience): this is the end; the best is in {self.checkpoints/"best"}')
+        if self.hopeless(): self.say(f'{self.worse} validations without a better one (training.patience): this is the end; the best is in {self.checkpoints/"best"}')
     self.save(*names)
     return False
 
