@@ -171,7 +171,8 @@ def make_checkpoint(folder, codec_hash=None, **model):
 def test_the_same_weights_under_another_config_are_another_model(data, tmp_path):
     same, other = make_checkpoint(tmp_path/'same'), make_checkpoint(tmp_path/'unscaled', scale_embeddings=False)
     assert len({json.loads((p/'hashes.json').read_text())['model.safetensors'] for p in (same, other)}) == 1
-    r = run(*command(data, tmp_path/'out', '--checkpoint', same, '--against', other, '--windows', '2', '--fad-samples', '2'))
+    r = run(*command(data, tmp_path/'out', '--checkpoint', same, '--against', other, '--windows', '2', '--fad-samples', '2',
+             '--seconds', '1'))
     results = json.loads((tmp_path/'out/results.json').read_text())
     assert abs(results['difference']['cross_entropy']['mean']) > .1, r.stdout
 
@@ -188,7 +189,7 @@ def test_a_second_checkpoint_is_looked_at_first_and_the_shorter_one_sets_the_len
     assert results['dataset']['seconds'] == 2.3 and 'reads no more' in said and str(small) in results['dataset']['limited_by']
     assert [m['prediction']['gap_null'] is None for m in results['models']] == [False,
         True], 'no backing is nothing to a model that never went without'
-    r = run(*command(data, tmp_path/'val', '--windows', '2', '--fad-samples', '2', '--seconds', '2'),
+    r = run(*command(data, tmp_path/'val', '--windows', '2', '--fad-samples', '2', '--seconds', '1'),
             f'data.val_path={data}/sets/test.safetensors', 'data.test_path=')
     assert 'validation set' in r.stdout and 'validation set' in (tmp_path/'val/report.html').read_text()
 
