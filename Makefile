@@ -35,6 +35,7 @@ ifeq ($(INSTALLER),uv)
 else
 	@$(PIP) -c <(sed 's/ *\\$$//; /--hash/d' requirements.lock) -e .
 endif
+	@$(V)/python -c 'import librosa.beat, librosa.core.audio, librosa.core.pitch, librosa.util.utils' # compiled and kept by numba, whose cache two processes would spoil
 	@touch $@
 
 env: $(FULL)
