@@ -147,6 +147,7 @@ def run_pipeline(cfg:DataConfig, device:str='cpu',
         return outcomes
     folders = [v for k,v in to_dict(cfg.data_paths).items() if k != 'metadata_path']
     with locked(*folders):
+        if n_jobs != 1: import librosa.core.audio, librosa.core.pitch, librosa.util.utils
         sweep(Path(cfg.data_paths.metadata_path).parent, Path(cfg.data_paths.metadata_path).name)
         while todo:
             name = todo.pop(0)
