@@ -22,7 +22,7 @@ from .demo import VERSION, compose, render, truth_of
 from .evaluate import Store, clean, plain, stat
 from .files import locked, write_text
 from .fit import describe_backing, describe_solo, fit_scores, moved, partner
-from .generate import listen
+from .generate import distance_to_corpus, listen, notice_strange
 from .metrics import longest_silence
 from .model.decoding import generate_codes
 from .music.feels import BANDS, FEELS
@@ -113,10 +113,12 @@ class Row:
         return self.store('real', [*self.made_by, self.n, i], lambda: self.scores(i, None, self.hear(i).lead))
 
     def played(self, i):
-        model, codec, settings, who = self.player
+        model, codec, settings, chosen, who = self.player
         def work():
             coded = listen(codec, self.hear(i).backing)
-            codes = generate_codes(model, coded, [i], codec=codec, **settings)
+            known, own = model.about['backings'], settings
+            if known: own, _ = notice_strange(distance_to_corpus(codec, self.hear(i).backing, known), known, settings, chosen)
+            codes = generate_codes(model, coded, [i], codec=codec, **own)
             beats = longest_silence(*(codec.sounding(c)[0].cpu().numpy() for c in (codes, coded)))/50*self.truths()[i]['bpm']/60
             sound = codec.decode(codes)[0].cpu().numpy()
             return self.scores(i, codec, sound) | dict(silence=beats/int(self.truths()[i]['meter'][0]))
@@ -149,8 +151,8 @@ def measure_worlds(
     "The table of worlds; goes on where an earlier run stopped."
     model, info = load_model(checkpoint, device)
     codec = load_codec(info['codec_name'], device)
-    settings = settled(settings, model.cfg.condition_dropout)
-    player, out = (model, codec, settings, [info['source'].rpartition(' ')[2], codec.voice]), Path(output_dir)
+    chosen, settings = 'guidance' in settings, settled(settings, model.cfg.condition_dropout)
+    player, out = (model, codec, settings, chosen, [info['source'].rpartition(' ')[2], codec.voice, chosen]), Path(output_dir)
     with locked(out):
         rows = {k: Row(w, player, Store(out/'items'), n, seconds, seed) for k, w in worlds.items()}
         got = {k: dict(about=worlds[k].about, **measure_world(row, progress(k))) for k, row in rows.items()}
