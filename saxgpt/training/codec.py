@@ -14,7 +14,7 @@ import librosa, numpy as np, torch
 from tqdm.auto import tqdm
 
 from ..audio import load_mono, log_mel
-from ..codec import check_target, CodecError, log_mel_frames, MelCodec, MelSettings, nearest
+from ..codec import check_target, CodecError, load_codec, log_mel_frames, MelCodec, MelSettings, nearest
 from ..config import command
 
 # %% ../../nbs/04b_codec_training.ipynb #04b0a002
@@ -82,10 +82,11 @@ def kmeans(
     entries:int=2048,
     rounds:int=12,
     seed:int=0,
+    start:torch.Tensor|None=None, # (E,D) centres to begin with; rows of `x` without
 )->torch.Tensor: # (E,D)
     "Centres of `x`; each round revives the unused ones."
     g = torch.Generator().manual_seed(seed)
-    centres = x[torch.randperm(len(x), generator=g)[:entries]].clone()
+    centres = (x[torch.randperm(len(x), generator=g)[:entries]] if start is None else start).clone()
     for r in range(rounds):
         codes = assign(x, centres)
         count = torch.bincount(codes, minlength=entries)
@@ -102,6 +103,7 @@ def fit_books(
     stages:int=4,
     rounds:int=12,
     seed:int=0,
+    start:torch.Tensor|None=None, # (K,E,D) books to begin with
     progress:bool=False, # show a bar
 )->tuple[torch.Tensor, list]: # books (K,E,D) as stored, share of variance explained after each stage
     "Residual k-means."
@@ -109,7 +111,7 @@ def fit_books(
     rest, books, explained = x, [], []
     variance = (x - x.mean(0)).square().sum()
     for k in tqdm(range(stages), desc='Codebooks', disable=not progress):
-        books.append(kmeans(rest, entries, rounds, seed + k).half().float())
+        books.append(kmeans(rest, entries, rounds, seed + k, None if start is None else start[k].float()).half().float())
         rest = rest - books[-1][assign(rest, books[-1])]
         explained.append(round(1 - (rest.square().sum()/variance).item(), 4))
     return torch.stack(books).half(), explained
@@ -190,15 +192,19 @@ def fit_mel_codec(
     seed:int=0,
     settings:MelSettings=MelSettings(),
     entries:int=2048,
+    start=None, # name or folder of a codec to begin with: its codes go on meaning about the same
     progress:bool=True, # show bars
 )->MelCodec:
-    "Fit, measure and save the bundled codec."
+    "Fit, measure and save the bundled codec; raises `CodecError`."
     check_target(out)
+    first = load_codec(start) if start else None
+    if first and (getattr(first, 'settings', None), first.cardinality) != (settings, entries):
+        raise CodecError(f'{start}: is not mel-rvq with {entries} entries and {settings}; begin with one that is, or with none')
     wavs = corpus_wavs(corpus)
     x = training_frames(wavs, n_frames, settings, seed, progress)
-    books, explained = fit_books(x, entries, rounds=rounds, seed=seed, progress=progress)
-    card = dict(fitted_on=f'{len(wavs)//2} pairs of the demo corpus', frames=len(x), rounds=rounds, seed=seed, variance_explained=explained)
-    codec = MelCodec(books, settings, card)
+    books, explained = fit_books(x, entries, rounds=rounds, seed=seed, start=first and first.books, progress=progress)
+    card = dict(fitted_on=f'{len(wavs)//2} pairs of the demo corpus', frames=len(x), rounds=rounds, seed=seed, variance_explained=explained) | (dict(start=first.hash) if first else {})
+    codec = MelCodec(books, settings, card, spectra=first and first.spectra)
     if held_out:
         folders = sorted({p.parent for p in corpus_wavs(held_out)})
         card['held_out'] = codec_figures(codec, folders, progress=progress)
@@ -213,9 +219,10 @@ def main(
     held_out:str=None, # another demo corpus, of another seed, to measure on
     frames:int=160_000, # to learn from
     seed:int=0, # of the choice of frames and of k-means
+    start:str=None, # "bundled" or a codec's folder to begin with, so that its codes go on meaning about the same
 ):
     "Fit the bundled codec to the demo corpus."
     if not corpus or not out: raise ValueError('--corpus and --out: give the folder of a demo corpus and a folder for the codec')
-    codec = fit_mel_codec(corpus, out, frames, held_out=held_out, seed=seed)
+    codec = fit_mel_codec(corpus, out, frames, held_out=held_out, seed=seed, start=start)
     print(f'{out}: {codec.name} {codec.hash}')
     print(json.dumps(codec.card, indent=1))

@@ -457,6 +457,13 @@ def differences(a:dict, b:dict)->list: # 'key: value of a, now value of b'
     return sorted(out)
 
 @patch
+def continues(self:Trainer, theirs:dict)->bool: # codec of a checkpoint
+    "Whether the codec of the data was fitted with `theirs` to start from: its codes mean about the same."
+    name = self.cfg.training.embeddings_from
+    codec = name and load_codec(name)
+    return bool(codec) and codec.fingerprint() == self.codec and getattr(codec, 'card', {}).get('start') == theirs['codec_hash']
+
+@patch
 def check_resumed(self:Trainer,
     folder:Path, # checkpoint
     about:dict, # its config.json
@@ -468,7 +475,10 @@ def check_resumed(self:Trainer,
         other = 'training.output_dir' if folder.parent == self.checkpoints else 'training.resume_from_checkpoint'
         raise TrainingError(f'{folder}: is of another model ({"; ".join(d)}); undo that or choose another {other}' +
                             ' (null: from nothing)'*other.endswith('checkpoint'))
-    if (theirs := {k: about[k] for k in self.codec}) != self.codec:
+    theirs = {k: about[k] for k in self.codec}
+    if theirs == self.codec: pass
+    elif self.continues(theirs): self.say(f'{folder}: trained on codes of the codec that this one was fitted from; it has to learn where they went')
+    else:
         raise TrainingError('{}: trained on codes of {codec_name} ({codec_hash}), but '.format(folder, **theirs) +
                             '{} holds codes of {codec_name} ({codec_hash}); make them again with the codec of the checkpoint, or begin '
                             'from nothing with training.resume_from_checkpoint=null'.format(self.loader.dataset.path, **self.codec))
