@@ -7,7 +7,7 @@ __all__ = ['ConfigError', 'Section', 'field', 'DataPaths', 'Intermediates', 'Dow
            'AugmentConfig', 'TokenizeConfig', 'SplitConfig', 'DatasetConfig', 'DataConfig', 'RunData', 'ModelConfig',
            'SchedulerConfig', 'OptimizerConfig', 'SampledConfig', 'HistoryConfig', 'TrainingConfig', 'RunConfig',
            'type_name', 'rows', 'explain', 'parse', 'configs_dir', 'weights_dir', 'demo_backing', 'device_name',
-           'config_path', 'override', 'load_config', 'to_dict', 'usage_errors', 'arguments', 'command']
+           'config_path', 'read_yaml', 'override', 'load_config', 'to_dict', 'usage_errors', 'arguments', 'command']
 
 # %% ../nbs/10_config.ipynb #b942c4a0
 import difflib, inspect, json, os, reprlib, signal, sys, types
@@ -27,6 +27,10 @@ from .remote import fetch, is_remote
 class ConfigError(ValueError):
     "A config that cannot be used; the message names the file, the key, what was given and what is allowed."
 
+def _check_scalar(v):
+    if isinstance(v, int) and abs(v) > 2**53: raise ValueError(f'given a whole number of {int((v.bit_length() - 1)*.30103) + 1} digits; that is too large')
+    if isinstance(v, str) and not v.isprintable(): raise ValueError(f'given {reprlib.repr(v)}; text may hold no control characters')
+
 class Section(BaseModel):
     "A frozen group of settings; unknown keys are errors."
     model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -34,6 +38,7 @@ class Section(BaseModel):
     def _yes_is_no_number(cls, value, info):
         tp = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and bool not in (tp, *get_args(tp)): raise ValueError(f'given {value}; a yes or no has no meaning here')
+        for v in value if isinstance(value, (list, tuple)) else [value]: _check_scalar(v)
         return value
 
 def field(
@@ -362,6 +367,31 @@ def config_path(
     if name not in bundled: raise ConfigError(f'{name}: no bundled config of this name; there are {", ".join(bundled)}, or give a path to a .yaml file')
     return bundled[name]
 
+# %% ../nbs/10_config.ipynb #2c7e1d4f
+class _Yaml(yaml.SafeLoader):
+    "YAML in which a key stands once and a date is text."
+    yaml_implicit_resolvers = {k: [(tag, r) for tag, r in v if not tag.endswith(':timestamp')] for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def construct_mapping(self, node, deep=False):
+        out, keys = super().construct_mapping(node, deep=deep), set()
+        for key, _ in node.value:
+            name = self.construct_object(key)
+            if name in keys: raise yaml.MarkedYAMLError(problem=f'{name!r} is given twice', problem_mark=key.start_mark)
+            keys.add(name)
+        return out
+
+def read_yaml(
+    text:str,
+    source:str, # file name, or key, for messages
+): # plain values
+    "Read YAML that a person wrote; raises `ConfigError`."
+    try: return yaml.load(text, _Yaml)
+    except RecursionError: raise ConfigError(f'{source}: brackets within brackets, too deep to be meant') from None
+    except (yaml.YAMLError, ValueError, OverflowError) as e:
+        mark = getattr(e, 'problem_mark', None)
+        said = f'; {e.problem}' if 'twice' in (getattr(e, 'problem', None) or '') else ''
+        raise ConfigError(f'{source}: not YAML' + (f', see line {mark.line + 1}' if mark else '') + said) from None
+
 # %% ../nbs/10_config.ipynb #f2a9ead0
 def override(
     values:dict, # as read from YAML; changed in place
@@ -377,8 +407,7 @@ def override(
             if not isinstance(here.get(p) or {}, dict): raise ConfigError(f'{key}: {p} is a value, not a section')
             if not here.get(p): here[p] = {}
             here = here[p]
-        try: here[last] = yaml.safe_load(value)
-        except yaml.YAMLError: raise ConfigError(f'{key}: given {value!r}, which is not YAML') from None
+        here[last] = read_yaml(value, f'{key}: given {reprlib.repr(value)}')
     return values
 
 # %% ../nbs/10_config.ipynb #da55b807
@@ -389,10 +418,9 @@ def load_config(
 )->Section: # a frozen config
     "Read, override and check a config; raises `ConfigError`."
     path = config_path(kind, name)
-    try: values = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        mark = getattr(e, 'problem_mark', None)
-        raise ConfigError(f'{path}: not YAML' + (f', see line {mark.line + 1}' if mark else '')) from None
+    try: text = path.read_text(encoding='utf-8')
+    except UnicodeDecodeError: raise ConfigError(f'{path}: not YAML, which is text in UTF-8') from None
+    values = read_yaml(text, str(path))
     return parse(kind, override({} if values is None else values, overrides) if isinstance(values, dict|None) else values, str(path))
 
 def to_dict(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'MORE', 'installed', 'requirements', 'fits', 'pip', 'misfits', 'cause', 'PackageError', 'needs',
-           'broken_import']
+           'broken_import', 'writable', 'lend_caches']
 
 # %% ../nbs/10c_packages.ipynb #72e93946
-import shlex, sys
+import atexit, os, shlex, shutil, sys, tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 # %% ../nbs/10c_packages.ipynb #f06ecbf9
 def installed(
@@ -171,3 +172,27 @@ def broken_import(
     package = bodies[0] if bodies else _package(missing)
     why, mend = cause(e, package)
     return f'{package} cannot be imported: {why}; {mend}{MORE}'
+
+# %% ../nbs/10c_packages.ipynb #b2d05f81
+def writable(
+    folder, # may be absent
+)->bool:
+    "Whether files can be made there, or the folder itself can."
+    folder = os.path.abspath(folder)
+    while not os.path.lexists(folder): folder = os.path.dirname(folder)
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+
+def lend_caches():
+    "Give librosa, matplotlib and torch a temporary folder for their caches where the user's cannot be written."
+    from importlib.util import find_spec
+    unknown = os.path.expanduser('~') == '~'                         # a user without a home
+    if not unknown and writable(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')): return
+    try: folder = tempfile.mkdtemp(prefix='saxgpt-')
+    except OSError: return
+    def remove(mine=os.getpid()):
+        if os.getpid() == mine: shutil.rmtree(folder, ignore_errors=True)
+    atexit.register(remove)
+    if unknown: os.environ['HOME'] = folder
+    package = os.path.dirname(getattr(find_spec('librosa'), 'origin', None) or '/')
+    if not writable(os.path.join(package, '__pycache__')): os.environ.setdefault('NUMBA_CACHE_DIR', os.path.join(folder, 'numba'))
+    for variable in ('MPLCONFIGDIR', 'TORCHINDUCTOR_CACHE_DIR'): os.environ.setdefault(variable, os.path.join(folder, variable))
