@@ -7,8 +7,8 @@ __all__ = ['CHUNK', 'HUSH_DB', 'HALF', 'ROUNDING', 'HUB_REPO', 'ENCODEC_32KHZ', 
            'CodecMismatch', 'Codec', 'check_wav', 'check_codes', 'check_lengths', 'part', 'check_codec', 'MelSettings',
            'mel_bands', 'magnitudes', 'log_mel_frames', 'nearest', 'quantize', 'dequantize', 'linear_spectra',
            'peak_phases', 'griffin_lim', 'chunk_frames', 'MelCodec', 'check_target', 'import_encodec', 'encodec_layers',
-           'to_encodec', 'in_chunks', 'at_lstm', 'Feed', 'by_length', 'lstm_step', 'EncodecCodec', 'exact',
-           'from_folder', 'fetch', 'load_codec']
+           'known_settings', 'to_encodec', 'in_chunks', 'at_lstm', 'Feed', 'by_length', 'lstm_step', 'EncodecCodec',
+           'exact', 'from_folder', 'fetch', 'load_codec']
 
 # %% ../nbs/04a_codec.ipynb #926e6d74
 import json, math, re, warnings
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .config import weights_dir
-from .files import atomic_dir, content_hash, read_tensors, write_tensors
+from .files import atomic_dir, content_hash, read_weights, write_tensors
 from .packages import needs
 from .spectra import Spectra, load_spectra
 
@@ -152,6 +152,11 @@ class MelSettings:
     fmin:float = 30. # Hz, lower edge
     fmax:float = 16_000. # Hz, upper edge
     floor:float = 1e-4 # amplitude below which there is silence; a full-scale sine is 1
+
+    def __post_init__(self):
+        numbers = all(isinstance(v, (int, float)) and math.isfinite(v) for v in asdict(self).values())
+        if not numbers or not {type(self.n_mels), type(self.n_fft)} == {int} or not (0 < self.n_mels and 2 <= self.n_fft <= 2**14
+            and 0 <= self.fmin < self.fmax <= 16_000 and self.floor > 0): raise CodecError(f'mel-rvq: {self} makes no sense')
 
 def mel_bands(
     s:MelSettings,
@@ -371,14 +376,16 @@ def load(cls:MelCodec,
 )->MelCodec:
     "Read it back; raises `CodecError` when it is absent or damaged."
     folder = Path(folder)
-    try: told = json.loads((folder/'codec.json').read_text())
-    except (OSError, ValueError, RecursionError): raise CodecError(f'{folder}: holds no codec (codec.json is absent or damaged)') from None
     try:
-        tensors = read_tensors(folder/'codec.safetensors')[0]
+        told, tensors = json.loads((folder/'codec.json').read_text()), read_weights(folder/'codec.safetensors')
+        if not isinstance(told, dict) or not isinstance(told.get('card', {}), dict): raise ValueError('codec.json holds something else')
+    except OSError as e: raise CodecError(f'{folder}: holds no codec ({Path(e.filename or folder).name}: {e.strerror})') from None
+    except (ValueError, RecursionError) as e: raise CodecError(f'{folder}: the codec is damaged; fetch or fit it again ({e})') from None
+    try:
         codec = cls(tensors.pop('books'), MelSettings(**told['settings']), told.get('card'), chunk_len_s)
         net = {k.removeprefix('spectra.'): v for k, v in tensors.items()}
         if net: codec.spectra = load_spectra(net, codec.bands, codec.settings.floor)
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as e:
+    except (ValueError, LookupError, TypeError, RuntimeError) as e:
         raise CodecError(f'{folder}: the codec is damaged; fetch or fit it again ({(str(e) or type(e).__name__).splitlines()[0]})') from None
     for k, of, said in (('hash', 'books', told.get('hash')), ('voice', 'spectra', told.get('voice', codec.hash))):
         if getattr(codec, k) != said: raise CodecError(f'{folder}: the codec is damaged: its {of} do not fit its codec.json; fetch or fit it again')
@@ -414,6 +421,19 @@ def encodec_layers(
             quantizer=ResidualVectorQuantizer(c['hidden_size'], n_q=4, bins=c['codebook_size'], kmeans_init=False)))
 
 # %% ../nbs/04a_codec.ipynb #0d303bd7
+def known_settings(
+    config:dict, # content of config.json
+)->dict: # the keys of `ENCODEC_32KHZ`, those absent as there
+    "Settings of an EnCodec; raises `CodecError` where they make no sense."
+    if not isinstance(config, dict): raise CodecError(f'encodec-32khz: config.json holds {type(config).__name__}, no settings; fetch it again')
+    c = ENCODEC_32KHZ | {k: v for k, v in config.items() if k in ENCODEC_32KHZ}
+    for k, like in ENCODEC_32KHZ.items():
+        several = isinstance(like, list) and isinstance(c[k], list) and len(c[k]) == len(like)
+        one, most = (like[0] if isinstance(like, list) else like), 64 if k.startswith('num_') and k != 'num_filters' else 2**16
+        def fits(v): return v == one if isinstance(one, str) else type(v) in (type(one), int) and isinstance(v, bool) == isinstance(one, bool) and 0 <= v <= most
+        if not all(map(fits, c[k] if several else [c[k]])): raise CodecError(f'encodec-32khz: config.json has {k}: {c[k]!r}, which makes no sense; fetch it again')
+    return c
+
 AVERAGES = ('inited', 'cluster_size', 'embed_avg') # bookkeeping of codebooks in training
 
 def to_encodec(
@@ -516,12 +536,13 @@ class EncodecCodec(Codec):
         chunk_len_s:float=CHUNK, # s of sound at a time; changes memory, not codes
     ):
         super().__init__()
-        c = ENCODEC_32KHZ | {k: v for k, v in config.items() if k in ENCODEC_32KHZ}
+        c = known_settings(config)
         c['use_conv_shortcut'] = any('.shortcut.' in k for k in weights)    # a revision of the hub's config.json was wrong about it
         got = c['sampling_rate'], math.prod(c['upsampling_ratios']), c['codebook_size'], c['audio_channels'], c['normalize']
         if got != (32_000, 640, 2048, 1, False): raise CodecError('encodec-32khz: these weights are of another EnCodec: '
             f'{got[0]} Hz, {got[1]} samples to a frame, books of {got[2]}, {got[3]} channels; it takes 32000 Hz, 640, 2048 and 1')
         self.chunk = chunk_frames(chunk_len_s)
+        with torch.device('meta'): to_encodec(weights, encodec_layers(c).state_dict())      # does it fit? before memory is taken
         layers = encodec_layers(c)
         state = to_encodec(weights, layers.state_dict())
         layers.load_state_dict(state)
@@ -572,8 +593,8 @@ def from_folder(
     "EnCodec from the files that transformers saves."
     folder = Path(folder)
     try: config = json.loads((folder/'config.json').read_text())
-    except (OSError, ValueError): raise CodecError(f'{folder}: config.json is absent or damaged; a folder of EnCodec has it beside model.safetensors') from None
-    try: weights = read_tensors(folder/'model.safetensors')[0]
+    except (OSError, ValueError, RecursionError): raise CodecError(f'{folder}: config.json is absent or damaged; a folder of EnCodec has it beside model.safetensors') from None
+    try: weights = read_weights(folder/'model.safetensors')
     except (OSError, ValueError) as e: raise CodecError(f'{folder}: model.safetensors cannot be read ({e})') from None
     return EncodecCodec(weights, config, chunk_len_s)
 

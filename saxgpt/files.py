@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FULL', 'WriteError', 'reason', 'atomic_path', 'replace_dir', 'atomic_dir', 'file_hash', 'content_hash',
            'append_jsonl', 'read_jsonl', 'write_text', 'write_jsonl', 'printable', 'is_name', 'read_table',
-           'read_manifest', 'prune', 'write_tensors', 'read_tensors', 'sweep', 'locked', 'Said', 'say', 'caught',
-           'Processes', 'map_parallel']
+           'read_manifest', 'prune', 'write_tensors', 'read_tensors', 'tensor_shapes', 'read_weights', 'sweep',
+           'locked', 'Said', 'say', 'caught', 'Processes', 'map_parallel']
 
 # %% ../nbs/10a_files.ipynb #969a8b6b
 import csv, errno, hashlib, json, multiprocessing as mp, os, re, shutil, signal, sys, threading
@@ -245,6 +245,24 @@ def read_tensors(
     try:
         with safe_open(str(path), framework) as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except SafetensorError as e: raise ValueError(f'{path}: damaged or not a safetensors file; make or fetch it again ({e})') from None
+
+def tensor_shapes(
+    path, # a .safetensors file
+)->dict: # name -> shape
+    "What a file holds, from its header; ValueError when the file is damaged."
+    try:
+        with safe_open(str(path), 'np') as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    except SafetensorError as e: raise ValueError(f'{path}: damaged or not a safetensors file; make or fetch it again ({e})') from None
+
+def read_weights(
+    path, # a .safetensors file
+)->dict: # torch tensors
+    "Tensors that are weights of a network; ValueError when some are whole numbers, infinite or not a number."
+    tensors, _ = read_tensors(path)
+    for k, t in tensors.items():
+        if not t.is_floating_point() or not t.isfinite().all(): raise ValueError(f'{path}: {k} holds numbers that no training leaves '
+            f'({"not a number, or infinite" if t.is_floating_point() else t.dtype}); make or fetch it again')
+    return tensors
 
 # %% ../nbs/10a_files.ipynb #29ab728d
 try: import fcntl

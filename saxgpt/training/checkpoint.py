@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'PIECE', 'CheckpointError', 'pack', 'unpack', 'versions', 'save_checkpoint', 'verify', 'read_backings',
-           'load_weights', 'from_hub', 'load_model', 'load_trainer_state', 'describe_backings', 'give_away',
-           'export_weights', 'hub_model', 'link_checkpoint', 'main']
+           'check_shapes', 'load_weights', 'from_hub', 'load_model', 'load_trainer_state', 'describe_backings',
+           'give_away', 'export_weights', 'hub_model', 'link_checkpoint', 'main']
 
 # %% ../../nbs/07b_checkpoint.ipynb #702248ca
 import json, os, platform, re, shutil
@@ -16,8 +16,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from .. import __version__
-from ..config import RunConfig, command, parse, to_dict, weights_dir
-from ..files import atomic_dir, file_hash, read_tensors, reason, write_tensors
+from ..config import ModelConfig, RunConfig, command, parse, to_dict, weights_dir
+from ..files import atomic_dir, file_hash, read_tensors, read_weights, reason, tensor_shapes, write_tensors
 from ..metrics import total_variation
 from ..model.decoding import laid_out
 from ..model.transformer import SaxGPT
@@ -129,12 +129,24 @@ def read_backings(
         raise CheckpointError(f'{folder}: backings.json makes no sense; use another checkpoint') from None
     return d
 
+def check_shapes(
+    cfg:ModelConfig,
+    folder, # a verified checkpoint
+):
+    "Raise `CheckpointError` unless its file holds the weights of such a model, before memory is taken for one."
+    held = tensor_shapes(Path(folder)/'model.safetensors')
+    if cfg.num_encoder_layers + cfg.num_decoder_layers > len(held): want = {}
+    else:
+        with torch.device('meta'): want = {k: tuple(v.shape) for k, v in SaxGPT(cfg).state_dict().items()}
+    if want != held: raise CheckpointError(f'{folder}: its weights do not fit its config.json; use another checkpoint')
+
 def load_weights(
     model:nn.Module, # filled in place
     folder, # a verified checkpoint
 ):
     "Put a checkpoint's weights into a model of the same shape."
-    try: model.load_state_dict(read_tensors(Path(folder)/'model.safetensors')[0])
+    try: model.load_state_dict(read_weights(Path(folder)/'model.safetensors'))
+    except ValueError as e: raise CheckpointError(str(e)) from None
     except RuntimeError as e:
         raise CheckpointError(f'{folder}: its weights do not fit this model; {str(e).splitlines()[1].strip()}') from None
 
@@ -175,7 +187,9 @@ def load_model(
     hashes = json.loads((folder/'hashes.json').read_text())
     about |= dict(source=f'{source}, weights {hashes["model.safetensors"][:16]}',
                   backings=None)
-    model = SaxGPT(parse(RunConfig, about['config'], str(folder/'config.json')).model)
+    cfg = parse(RunConfig, about['config'], str(folder/'config.json')).model
+    check_shapes(cfg, folder)
+    model = SaxGPT(cfg)
     load_weights(model, folder)
     if 'backings.json' in hashes: about['backings'] = read_backings(folder, model.cfg.vocab_size - 1)
     model.about, card = about, folder/'README.md'
