@@ -241,7 +241,7 @@ class TrainingConfig(Section):
     save_interval: int = field(100, 'epochs from kept checkpoint to kept checkpoint', ge=1)
     num_workers: int = field(2, 'loader processes', ge=0)
     use_pbar: bool = field(True, 'show a progress bar')
-    resume_from_checkpoint: str|None = field(None, 'a checkpoint folder, or bundled; null takes the last one in output_dir')
+    resume_from_checkpoint: str|None = field(None, 'a checkpoint folder, bundled, or hf://USER/NAME; null takes the last one in output_dir')
     seed: int = field(0, 'of weights, order and dropout')
     precision: Literal['auto', 'fp32', 'fp16', 'bf16'] = field('auto', 'auto is bf16 or fp16 on a GPU, fp32 on a CPU')
     max_grad_norm: float = field(1., 'gradients are clipped to this norm', gt=0)

@@ -714,7 +714,7 @@ def _said(d, digits=3): # a number, and its interval where there is one
 def main(
     overrides:Param('key=value settings, such as data.test_path=...', str, opt=False, nargs='*')=(),
     config:str='demo', # bundled name or path of a model config
-    checkpoint:str='bundled', # checkpoint folder
+    checkpoint:str='bundled', # folder of a checkpoint, or hf://USER/NAME
     output_dir:str='out/evaluation', # where results.json and report.html go
     against:str=None, # another checkpoint, to compare with
     fad_samples:int=None, # solos to play and judge

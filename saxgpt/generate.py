@@ -357,7 +357,7 @@ def main(
     output:str='solo.wav', # where the solo goes, also -o
     mix:str=None, # where solo and backing together go; beside the solo when absent
     plot:str=None, # where the picture goes; beside the solo when absent
-    checkpoint:str='bundled', # folder of a checkpoint
+    checkpoint:str='bundled', # folder of a checkpoint, or hf://USER/NAME
     temperature:Param('0: always the likeliest; one number, or one for each codebook as in 1,1,0.9,0.8; '
                       f'{PLAYED["temperature"]:g} when absent, {UNGUIDED["temperature"]:g} without guidance', numbers)=None,
     top_k:Param('codes to choose from, one number or four; 0: all', numbers)=PLAYED['top_k'],

@@ -99,7 +99,7 @@ def plot_sweep(
 def main(
     overrides:Param('key=value settings, such as data.val_path=...', str, opt=False, nargs='*')=(),
     config:str='demo', # bundled name or path of a model config
-    checkpoint:str='bundled', # checkpoint folder
+    checkpoint:str='bundled', # folder of a checkpoint, or hf://USER/NAME
     output_dir:str='out/sweep', # for sweep.json and the pieces of work
     n:int=12, # solos for each setting
     seconds:float=15., # of each solo

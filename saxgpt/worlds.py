@@ -201,7 +201,7 @@ def plot_worlds(
 @command
 def main(
     fonts:str=None, # folder of soundfonts; without one, only that of pretty_midi is there
-    checkpoint:str='bundled', # folder of a checkpoint
+    checkpoint:str='bundled', # folder of a checkpoint, or hf://USER/NAME
     output_dir:str='out/worlds', # for worlds.json, worlds.png and the pieces of work
     n:int=16, # tunes of each world
     seconds:float=30., # of each tune

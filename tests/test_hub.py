@@ -135,8 +135,8 @@ from safetensors.torch import save_file
 from saxgpt.model.decoding import generate_codes
 from saxgpt.model.transformer import SaxGPT
 from saxgpt.training.checkpoint import load_model
-name = 'somebody/sax'
-models = [SaxGPT.from_pretrained(name), load_model(name)[0], load_model(name, local_files_only=True)[0], load_model(name, revision=sys.argv[3])[0]]
+name = 'hf://somebody/sax'
+models = [SaxGPT.from_pretrained('somebody/sax'), load_model(name)[0], load_model(name, local_files_only=True)[0], load_model(name, revision=sys.argv[3])[0]]
 for i, m in enumerate(models):
     codes = generate_codes(m, torch.tensor(json.loads(sys.argv[2])), [0], temperature=0)
     save_file({'codes': codes} | {f'model.{k}': v.contiguous() for k, v in m.state_dict().items()}, f'{sys.argv[1]}/{i}.safetensors')
@@ -169,7 +169,7 @@ def test_comes_back_as_it_went(hub, python, pushed, tmp_path):
     for i, source in enumerate(json.loads(r.stdout)):
         got, want = load_file(tmp_path/f'{i}.safetensors'), {f'model.{k}': v for k, v in pushed.state_dict().items()} | {'codes': codes}
         assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
-        assert source.startswith(('somebody/sax, weights ', f'somebody/sax@{sha}, weights ')[i == 3])
+        assert source.startswith(('hf://somebody/sax, weights ', f'hf://somebody/sax@{sha}, weights ')[i == 3])
     assert all(status < 400 for _, path, status, _ in hub.asked if 'somebody/sax' in path)
     assert {token for _, path, _, token in hub.asked if path.startswith('/lfs/')} == {None}, 'the token went to another host'
 
@@ -198,9 +198,11 @@ def test_corrupted_is_one_line(hub, python, pushed, tmp_path):
     files = hub.files('somebody/sax')
     w = files['model.safetensors']
     hub.commit('somebody/torn', **files | {'model.safetensors': w[:-1] + bytes([w[-1] ^ 1])})
-    assert 'model.safetensors is not what was saved' in refused(python, tmp_path/'x.wav', 'somebody/torn')
+    assert 'model.safetensors is not what was saved' in refused(python, tmp_path/'x.wav', 'hf://somebody/torn')
 
 
 def test_unknown_is_one_line(hub, python, tmp_path):
-    assert 'nobody/nothing: ' in refused(python, tmp_path/'x.wav', 'nobody/nothing')
+    assert 'hf://nobody/nothing: ' in refused(python, tmp_path/'x.wav', 'hf://nobody/nothing')
+    assert 'hf://models/best' in refused(python, tmp_path/'x.wav', 'models/best')
+    assert not any('models/best' in a[1] for a in hub.asked)
     assert ('GET', '/api/models/nobody/nothing', 404) in {a[:3] for a in hub.asked}

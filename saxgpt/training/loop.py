@@ -18,17 +18,17 @@ from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 from ..codec import load_codec
-from ..config import RunConfig, parse, to_dict, weights_dir
+from ..config import RunConfig, parse, to_dict
 from ..data.dataset import CodesDataset, DatasetError, ResumableSampler, make_loader
 from ..files import Said, append_jsonl, locked, reason, replace_dir, say, sweep, write_tensors
 from ..model.transformer import SaxGPT, next_step_loss, real_steps
-from ..remote import RemoteError, is_remote, put
+from ..remote import RemoteError, put
 from .budget import (compile_gain, has_bf16, keep_freed_memory, memory_gb, peak_flops,
                                     window_flops)
-from .checkpoint import CheckpointError, link_checkpoint, load_trainer_state, load_weights, save_checkpoint, verify
+from .checkpoint import CheckpointError, find_checkpoint, link_checkpoint, load_trainer_state, load_weights, save_checkpoint, verify
 from .dist import World, barrier, broadcast, gather, joined, no_sync, shares, total, wrap
 from .listening import embed_vectors, forget_past, missed_at
-from .mirror import Mirror, fetch_checkpoint
+from .mirror import Mirror
 from .optim import Average, Schedule, make_optimizer
 from .sampling import own_codes, share_at
 
@@ -500,7 +500,7 @@ def candidates(self:Trainer)->list[Path]:
     if own and self.checkpoints.resolve() not in Path(named).resolve().parents: raise TrainingError(
         f'{self.out}: holds a run that did not begin from {named} and would be lost; choose another training.output_dir, '
         'or leave out training.resume_from_checkpoint to go on with it')
-    return [fetch_checkpoint(named) if is_remote(named) else weights_dir()/'xsmall' if named == 'bundled' else Path(named)]
+    return [find_checkpoint(named)]
 
 # %% ../../nbs/07d_loop.ipynb #66b9ad8e
 def usable(
