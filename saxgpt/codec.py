@@ -119,8 +119,8 @@ HUSH_DB = -50. # dB below full scale (RMS): what is softer is silence
 @patch(as_prop=True)
 def silent(self:Codec)->torch.Tensor: # (cardinality,) bool
     "Which codes of the first codebook are silence, taken by themselves."
-    levels = 10**(torch.tensor([HUSH_DB, -60., -70., -80., -100., -300.])/20)
-    noise = torch.randn(6, 1, self.sample_rate//2, generator=torch.Generator().manual_seed(0))
+    levels = 10**(torch.tensor([HUSH_DB, -60., -70., -80., -100., -300.], dtype=torch.float32)/20)
+    noise = torch.randn(6, 1, self.sample_rate//2, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     heard = self.encode(levels[:, None, None]*noise)[:, 0].unique()
     return torch.zeros(self.cardinality, dtype=torch.bool, device=self.device).index_fill(0, heard, True)
 
@@ -542,10 +542,9 @@ class EncodecCodec(Codec):
         if got != (32_000, 640, 2048, 1, False): raise CodecError('encodec-32khz: these weights are of another EnCodec: '
             f'{got[0]} Hz, {got[1]} samples to a frame, books of {got[2]}, {got[3]} channels; it takes 32000 Hz, 640, 2048 and 1')
         self.chunk = chunk_frames(chunk_len_s)
-        with torch.device('meta'): to_encodec(weights, encodec_layers(c).state_dict())      # does it fit? before memory is taken
-        layers = encodec_layers(c)
-        state = to_encodec(weights, layers.state_dict())
-        layers.load_state_dict(state)
+        with torch.device('meta'): layers = encodec_layers(c)               # takes no memory, whatever the config says
+        state = {k: torch.ones(v.shape) if v.is_meta else v for k, v in to_encodec(weights, layers.state_dict()).items()}
+        layers.load_state_dict(state, assign=True)
         self.layers = layers.eval().requires_grad_(False)
         kept = sorted(k for k in state if not k.endswith(AVERAGES))
         self.hash = content_hash(kept, *(state[k].contiguous().cpu().numpy().tobytes() for k in kept))

@@ -50,7 +50,7 @@ def sound(
 ): # yields sound (n, N), 32 kHz
     "Codes to sound, piece by piece."
     hop, kept, before, tail, fade = codec.hop, None, 0, None, min(fade, piece, around)
-    ramp = torch.linspace(0, 1, fade*hop)
+    ramp = torch.linspace(0, 1, fade*hop, dtype=torch.float32)
     def decode(codes, n, last): # the first `n` frames after `before`, and what fades out after them
         nonlocal tail
         y = codec.decode(codes)[:, 0].float().cpu()[:, before*hop:]

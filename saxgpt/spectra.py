@@ -35,7 +35,7 @@ class Spectra(nn.Module):
         super().__init__()
         self.floor = floor
         inside = torch.where(bands.sum(0) > 0)[0]
-        nearest = inside[(torch.arange(bands.shape[1])[:, None] - inside).abs().argmin(1)]   # bins that no band holds do as their neighbours
+        nearest = inside[(torch.arange(bands.shape[1], device=bands.device)[:, None] - inside).abs().argmin(1)]   # bins that no band holds do as their neighbours
         spread = (bands/bands.sum(0).clamp(min=1e-9))[:, nearest]
         self.register_buffer('bands', bands.float(), persistent=False)
         self.register_buffer('spread', spread.float(), persistent=False)
@@ -67,6 +67,6 @@ def load_spectra(
     floor:float=1e-4, # as in training
 )->Spectra: # ready to use
     "Build the network whose weights these are; raises `KeyError` or `RuntimeError` when they are none."
-    net = Spectra(bands, len(state['first.weight']), sum(k.endswith('.gain') for k in state), floor)
-    net.load_state_dict(state)
-    return net.eval().requires_grad_(False)
+    with torch.device('meta'): net = Spectra(bands, len(state['first.weight']), sum(k.endswith('.gain') for k in state), floor) # no random numbers
+    net.load_state_dict(state, assign=True)
+    return net.float().eval().requires_grad_(False)

@@ -24,7 +24,7 @@ class CodebookEmbedding(nn.Module):
         self.scale = math.sqrt(d_model) if scale else 1.
         self.table = nn.Embedding(num_codebooks*vocab_size, d_model)
         nn.init.normal_(self.table.weight, std=1/(math.sqrt(num_codebooks)*self.scale))
-        self.register_buffer('offsets', torch.arange(num_codebooks)[:, None]*vocab_size, persistent=False)
+        self.register_buffer('offsets', torch.arange(num_codebooks, device='cpu')[:, None]*vocab_size, persistent=False)
 
     def forward(self,
         codes:Tensor, # (B, K, S)
@@ -38,7 +38,8 @@ def sinusoids(
     D:int, # Channels
 ) -> Tensor: # (S, D)
     "Sines in even channels, cosines in odd ones, wavelengths from 2*pi to 10000*2*pi steps."
-    t = torch.arange(S)[:, None] * torch.exp(torch.arange(0, D, 2) * (-math.log(10000.)/D))
+    at = dict(dtype=torch.float32, device='cpu')                      # whatever torch's defaults are just now
+    t = torch.arange(S, **at)[:, None] * torch.exp(torch.arange(0, D, 2, **at) * (-math.log(10000.)/D))
     return torch.stack([t.sin(), t.cos()], -1).flatten(1)[:, :D]
 
 # %% ../../nbs/06b_codebooks.ipynb #38270632

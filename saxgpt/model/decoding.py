@@ -137,7 +137,7 @@ class SilenceControl:
         device='cpu', # where the codes are
     ):
         self.codec, self.silent, self.base = codec, codec.silent.to(device), bias
-        self.steps = torch.tensor([guidance, *(max(guidance, g) for g in RISE)], device=device)
+        self.steps = torch.tensor([guidance, *(max(guidance, g) for g in RISE)], dtype=torch.float32, device=device)
         self.rest, self.owed, self.level = torch.zeros(3, n, dtype=torch.long, device=device)
         self.set_weights()
 

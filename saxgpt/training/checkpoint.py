@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'HUB', 'PIECE', 'CheckpointError', 'pack', 'unpack', 'versions', 'save_checkpoint', 'verify',
-           'read_backings', 'check_shapes', 'load_weights', 'from_hub', 'find_checkpoint', 'is_hub_name', 'load_model',
+           'read_backings', 'frame', 'load_weights', 'from_hub', 'find_checkpoint', 'is_hub_name', 'load_model',
            'load_trainer_state', 'describe_backings', 'give_away', 'export_weights', 'hub_model', 'link_checkpoint',
            'main']
 
@@ -130,23 +130,24 @@ def read_backings(
         raise CheckpointError(f'{folder}: backings.json makes no sense; use another checkpoint') from None
     return d
 
-def check_shapes(
+def frame(
     cfg:ModelConfig,
     folder, # a verified checkpoint
-):
-    "Raise `CheckpointError` unless its file holds the weights of such a model, before memory is taken for one."
+)->SaxGPT: # its weights take no memory yet, and use no random numbers
+    "A model that the weights of a checkpoint fit; raises `CheckpointError` where they do not."
     held = tensor_shapes(Path(folder)/'model.safetensors')
-    if cfg.num_encoder_layers + cfg.num_decoder_layers > len(held): want = {}
-    else:
-        with torch.device('meta'): want = {k: tuple(v.shape) for k, v in SaxGPT(cfg).state_dict().items()}
-    if want != held: raise CheckpointError(f'{folder}: its weights do not fit its config.json; use another checkpoint')
+    if (cfg.num_encoder_layers + cfg.num_decoder_layers < len(held)
+            and held.get('embed.table.weight') == (cfg.num_codebooks*cfg.vocab_size, cfg.d_model)):
+        with torch.device('meta'): model = SaxGPT(cfg)
+        if {k: tuple(v.shape) for k, v in model.state_dict().items()} == held: return model
+    raise CheckpointError(f'{folder}: its weights do not fit its config.json; use another checkpoint')
 
 def load_weights(
     model:nn.Module, # filled in place
     folder, # a verified checkpoint
 ):
     "Put a checkpoint's weights into a model of the same shape."
-    try: model.load_state_dict(read_weights(Path(folder)/'model.safetensors'))
+    try: model.load_state_dict(read_weights(Path(folder)/'model.safetensors'), assign=next(model.parameters()).is_meta)
     except ValueError as e: raise CheckpointError(str(e)) from None
     except RuntimeError as e:
         raise CheckpointError(f'{folder}: its weights do not fit this model; {str(e).splitlines()[1].strip()}') from None
@@ -202,9 +203,7 @@ def load_model(
     hashes = json.loads((folder/'hashes.json').read_text())
     about |= dict(source=f'{source}, weights {hashes["model.safetensors"][:16]}',
                   backings=None)
-    cfg = parse(RunConfig, about['config'], str(folder/'config.json')).model
-    check_shapes(cfg, folder)
-    model = SaxGPT(cfg)
+    model = frame(parse(RunConfig, about['config'], str(folder/'config.json')).model, folder)
     load_weights(model, folder)
     if 'backings.json' in hashes: about['backings'] = read_backings(folder, model.cfg.vocab_size - 1)
     model.about, card = about, folder/'README.md'
