@@ -80,11 +80,10 @@ def library_points(
         raise FadError(f"FAD with {embedder}: the package is not installed; pip install 'saxgpt[fad]'{MORE}")
     offline = embedder != 'clap' or not _online()
     env = os.environ | (dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1') if offline else {})
-    env['PYTHONPATH'] = os.pathsep.join(p for p in sys.path if p)
     with tempfile.TemporaryDirectory() as d:
         write_tensors(Path(d)/'sounds.safetensors', {f'{i:06}': resample(x, SAMPLE_RATE, EMBEDDERS[embedder][0])[0] for i,
                                                      x in enumerate(sounds)})
-        code = 'import sys; from saxgpt.fad import work; work(*sys.argv[1:])'
+        code = f'import sys; sys.path[:] = {[p for p in sys.path if p]!r}; from saxgpt.fad import work; work(*sys.argv[1:])'
         try: r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, d, embedder, str(weights or '')], env=env, text=True,
                                 stdin=subprocess.DEVNULL, capture_output=True, timeout=patience)
         except subprocess.TimeoutExpired: raise FadError(f'FAD with {embedder}: gave up after {patience:.0f} s') from None

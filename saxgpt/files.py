@@ -6,7 +6,7 @@
 __all__ = ['FULL', 'WriteError', 'reason', 'atomic_path', 'replace_dir', 'atomic_dir', 'file_hash', 'content_hash',
            'append_jsonl', 'read_jsonl', 'write_text', 'write_jsonl', 'printable', 'is_name', 'read_table',
            'read_manifest', 'prune', 'write_tensors', 'read_tensors', 'tensor_shapes', 'read_weights', 'sweep',
-           'locked', 'Said', 'say', 'caught', 'Processes', 'map_parallel']
+           'locked', 'Said', 'say', 'caught', 'safe_imports', 'Processes', 'map_parallel']
 
 # %% ../nbs/10a_files.ipynb #969a8b6b
 import csv, errno, hashlib, json, multiprocessing as mp, os, re, shutil, signal, sys, threading
@@ -349,18 +349,32 @@ def _worker():
     for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ[k] = '1'
     if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(1)
 
+@contextmanager
+def safe_imports():
+    "Python processes that are started here look for modules where this one does, and not in the working directory."
+    before, here = os.environ.get('PYTHONSAFEPATH'), os.getcwd() if sys.version_info < (3, 11) else None
+    os.environ['PYTHONSAFEPATH'] = '1'
+    if here: os.chdir(sys.prefix)                                          # Python 3.10 knows no other way
+    try: yield
+    finally:
+        if here: os.chdir(here)
+        if before is None: del os.environ['PYTHONSAFEPATH']
+        else: os.environ['PYTHONSAFEPATH'] = before
+
 class Processes:
     "Worker processes on this machine."
     def __init__(self, n:int): self.n = n # how many
 
     def _pool(self, fn, left, n):
         others = set(mp.active_children())
-        pool = ProcessPoolExecutor(n, mp.get_context('spawn'), _worker)
+        with safe_imports(): pool = ProcessPoolExecutor(n, mp.get_context('spawn'), _worker)   # starts a process of its own
         try:
-            futures = {pool.submit(caught, fn, item): i for i, item in left}
+            with safe_imports(): futures = {pool.submit(caught, fn, item): i for i, item in left}
+            begun = set(mp.active_children()) - others
             for f in as_completed(futures): yield futures[f], f.result()
-        except BaseException:
+        except BaseException as e:
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(e, BrokenProcessPool) and n == 1: self.status = next((p.exitcode for p in begun if p.exitcode is not None), None)
             for p in set(mp.active_children()) - others: p.kill()
             raise
         pool.shutdown()
@@ -379,9 +393,14 @@ class Processes:
             except BrokenProcessPool:        # one of the first that are left was at work then; alone, each answers for itself
                 for i in list(left)[:self.n + 1]:
                     try: [(_, r)] = self._pool(fn, [(i, left[i])], 1)
-                    except BrokenProcessPool: r = MemoryError('its process was killed, most likely for want of memory; try fewer processes')
+                    except BrokenProcessPool: r = self.ended()
                     del left[i]
                     yield i, r
+
+    def ended(self)->Exception:
+        "What became of a process that ended by itself"
+        if self.status == -getattr(signal, 'SIGKILL', 9): return MemoryError('its process was killed, most likely for want of memory; try fewer processes')
+        return ChildProcessError(f'its process ended by itself with status {self.status}; try it with one process')
 
 # %% ../nbs/10a_files.ipynb #9185c326
 def map_parallel(

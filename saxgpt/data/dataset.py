@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from .. import __version__
 from ..config import DataConfig
-from ..files import atomic_path, content_hash, file_hash, is_name, map_parallel, printable, read_jsonl, read_manifest, reason
+from ..files import atomic_path, content_hash, file_hash, is_name, map_parallel, printable, read_jsonl, read_manifest, reason, safe_imports
 from ..patterns import delay
 from ..remote import fetch, is_remote
 
@@ -302,10 +302,12 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 @contextmanager
 def _held(): # processes begun here inherit it
-    if not hasattr(signal, 'pthread_sigmask'): return (yield)
-    resource_tracker.ensure_running()                                # where it starts with the first process it lets signals through
+    if not hasattr(signal, 'pthread_sigmask'):
+        with safe_imports(): return (yield)
+    with safe_imports(): resource_tracker.ensure_running()                                # where it starts with the first process it lets signals through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try: yield
+    try:
+        with safe_imports(): yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 def _outlive(worker):

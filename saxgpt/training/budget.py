@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ConfigError, ModelConfig, RunConfig
+from ..files import safe_imports
 from ..model.transformer import SaxGPT, next_step_loss
 from .optim import Average, make_optimizer
 
@@ -29,7 +30,7 @@ def window_flops(
 )->int: # floating-point operations, forward and backward
     "What it takes to learn from one window."
     with torch.device('meta'):
-        model, codes = SaxGPT(cfg), torch.zeros(1, cfg.num_codebooks, steps, dtype=torch.long)
+        model, codes = SaxGPT(cfg).to('meta'), torch.zeros(1, cfg.num_codebooks, steps, dtype=torch.long)
         with FlopCounterMode(display=False) as count: model(codes, codes, False).float().sum().backward()
     return count.get_total_flops()
 
@@ -129,8 +130,11 @@ def try_batch(
 # %% ../../nbs/07h_budget.ipynb #5ca4c0c9
 def apart(fn, *args):
     "Call `fn` in a new process; None if that was killed for its memory."
-    with ProcessPoolExecutor(1, get_context('spawn')) as pool:
-        try: return pool.submit(fn, *args).result()
+    with safe_imports():
+        pool = ProcessPoolExecutor(1, get_context('spawn'))
+        future = pool.submit(fn, *args)
+    with pool:
+        try: return future.result()
         except BrokenProcessPool: return None
 
 def find_batch(

@@ -276,7 +276,8 @@ def _quiet():
         for l,level in zip(loggers, levels): l.setLevel(level)
 
 # %% ../../nbs/07c_distributed.ipynb #07c61ba3
-SERVE = 'import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); from saxgpt.training.dist import serve; serve(sys.argv[1])'
+SERVE = '''import sys; sys.path[:] = {path!r}
+import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); from saxgpt.training.dist import serve; serve(sys.argv[1])'''
 
 def launch(
     fn, # importable function
@@ -297,7 +298,7 @@ def launch(
                            logs_specs=DefaultLogsSpecs(log_dir=logs), **_rendezvous(n, nodes, node_rank, endpoint))
         (Path(logs)/'work').write_bytes(pickle.dumps((sys.path, pickle.dumps((fn, args)))))
         try:
-            ranks = elastic_launch(cfg, sys.executable)('-c', SERVE, logs)
+            ranks = elastic_launch(cfg, sys.executable)('-c', SERVE.format(path=[p for p in sys.path if p]), logs)
             return {r: pickle.loads((Path(logs)/f'result-{r}').read_bytes()) for r in ranks}
         except ChildFailedError as e: raise first_failure(Path(logs), e, node_rank*n) from None
         except dist.DistError as e:
