@@ -370,7 +370,7 @@ class Processes:
         with safe_imports(): pool = ProcessPoolExecutor(n, mp.get_context('spawn'), _worker)   # starts a process of its own
         try:
             with safe_imports(): futures = {pool.submit(caught, fn, item): i for i, item in left}
-            begun = set(mp.active_children()) - others
+            begun = list(pool._processes.values())           # those that have ended are children no more
             for f in as_completed(futures): yield futures[f], f.result()
         except BaseException as e:
             pool.shutdown(wait=False, cancel_futures=True)
