@@ -9,7 +9,7 @@ __all__ = ['FULL', 'WriteError', 'reason', 'atomic_path', 'replace_dir', 'atomic
            'locked', 'Said', 'say', 'caught', 'safe_imports', 'Processes', 'map_parallel']
 
 # %% ../nbs/10a_files.ipynb #969a8b6b
-import csv, errno, hashlib, json, multiprocessing as mp, os, re, shutil, signal, sys, threading
+import csv, errno, hashlib, json, multiprocessing as mp, os, re, shutil, signal, sys, threading, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -361,6 +361,12 @@ def safe_imports():
         if before is None: del os.environ['PYTHONSAFEPATH']
         else: os.environ['PYTHONSAFEPATH'] = before
 
+def _status(process): # how it ended, once that is known: a broken pipe is noticed sooner
+    for _ in range(100):
+        if process.exitcode is not None: break
+        time.sleep(.05)
+    return process.exitcode
+
 class Processes:
     "Worker processes on this machine."
     def __init__(self, n:int): self.n = n # how many
@@ -374,7 +380,7 @@ class Processes:
             for f in as_completed(futures): yield futures[f], f.result()
         except BaseException as e:
             pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(e, BrokenProcessPool) and n == 1: self.status = next((p.exitcode for p in begun if p.exitcode is not None), None)
+            if isinstance(e, BrokenProcessPool) and n == 1: self.status = _status(begun[0])
             for p in set(mp.active_children()) - others: p.kill()
             raise
         pool.shutdown()
