@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'MORE', 'installed', 'requirements', 'fits', 'pip', 'misfits', 'cause', 'PackageError', 'needs',
-           'broken_import']
+           'broken_import', 'drawing']
 
 # %% ../nbs/10c_packages.ipynb #72e93946
-import shlex, sys
+import logging, os, shlex, sys, threading
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 
 # %% ../nbs/10c_packages.ipynb #f06ecbf9
 def installed(
@@ -171,3 +173,30 @@ def broken_import(
     package = bodies[0] if bodies else _package(missing)
     why, mend = cause(e, package)
     return f'{package} cannot be imported: {why}; {mend}{MORE}'
+
+# %% ../nbs/10c_packages.ipynb #fa9de5f9
+_one_at_a_time = threading.RLock()
+
+def _matplotlib():
+    "matplotlib, also where it chokes on the settings of the user or the folder."
+    log = logging.getLogger('matplotlib')
+    level = log.level
+    log.setLevel(logging.CRITICAL)                       # what it says about these settings
+    try: import matplotlib
+    except (ValueError, OSError):
+        for name in [m for m in sys.modules if m.startswith('matplotlib.')]: del sys.modules[name]
+        here = os.getcwd()
+        os.chdir(Path(find_spec('matplotlib').origin).parent/'mpl-data')
+        try: import matplotlib
+        finally: os.chdir(here)
+    finally: log.setLevel(level)
+    return matplotlib
+
+@contextmanager
+def drawing(
+    style:dict={}, # settings of matplotlib
+):
+    "Draw with matplotlib as it comes, whatever the user or the current folder has set for other plots."
+    with _one_at_a_time:
+        mpl = _matplotlib()
+        with mpl.rc_context({k: v for k, v in mpl.rcParamsDefault.items() if k != 'backend'} | style): yield
