@@ -12,6 +12,7 @@ from itertools import takewhile
 from types import FunctionType
 
 from . import __version__
+from .words import steady
 
 # %% ../nbs/15_cli.ipynb #cf172ab5
 commands = dict(
@@ -70,6 +71,7 @@ def main(
     argv=None, # words after `saxgpt`; those of the process when None
 ):
     "Run a command by name; an unknown one is one line and exit status 2."
+    if argv is None: steady()
     name, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     if name in ('-h', '--help', 'help'): return print(usage())
     if name == '--version': return print(f'saxgpt {__version__}')

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .config import weights_dir
-from .files import atomic_dir, content_hash, read_weights, write_tensors
+from .files import atomic_dir, content_hash, output_path, read_weights, write_tensors
 from .packages import needs
 from .spectra import Spectra, load_spectra
 
@@ -350,19 +350,20 @@ class MelCodec(Codec):
 # %% ../nbs/04a_codec.ipynb #b41b9b1b
 def check_target(
     folder, # where a codec is to be saved
-):
+    *inputs, # what the same command reads
+)->Path: # where to, when that is a link
     "Raise `CodecError` where something else lies, which saving would replace."
     folder = Path(folder)
     if folder.exists() and not (folder/'codec.json').is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CodecError(f'{folder}: exists and holds no codec, and would be replaced with all that is in it; name another folder')
+    return output_path(folder, *inputs, folder=True)
 
 @patch
 def save(self:MelCodec,
     folder, # written whole or not at all
 ):
     "Write `codec.safetensors` and `codec.json`."
-    check_target(folder)
-    with atomic_dir(folder) as d:
+    with atomic_dir(check_target(folder)) as d:
         net = self.spectra.half_state() if self.spectra else {}
         write_tensors(d/'codec.safetensors', dict(books=self.books.half()) | {f'spectra.{k}': v for k, v in net.items()})
         told = dict(codec=self.name, hash=self.hash, voice=self.voice, settings=asdict(self.settings), card=self.card)

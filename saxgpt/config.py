@@ -20,8 +20,10 @@ import yaml
 from fastcore.script import anno_parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .files import expanded
 from .packages import broken_import
 from .remote import fetch, is_remote
+from .words import steady
 
 # %% ../nbs/10_config.ipynb #88fe1b7f
 class ConfigError(ValueError):
@@ -39,7 +41,7 @@ class Section(BaseModel):
         tp = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and bool not in (tp, *get_args(tp)): raise ValueError(f'given {value}; a yes or no has no meaning here')
         for v in value if isinstance(value, (list, tuple)) else [value]: _check_scalar(v)
-        return value
+        return expanded(value)
 
 def field(
     default, # value when the key is absent, `...` for none
@@ -475,10 +477,11 @@ def _run(func, short, frame):
     if frame.f_globals.get('__name__') != '__main__' or '__file__' not in frame.f_globals: return func
     name = getattr(frame.f_globals.get('__spec__'), 'name', None) or Path(frame.f_globals['__file__']).name
     prog = name.replace('.', ' ') if name.count('.') == 1 else f'python -m {name}'
+    steady()
     args = {k: v for k, v in vars(arguments(func, prog, short).parse_intermixed_args()).items() if k not in ('pdb', 'xtra')}
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL: signal.signal(signal.SIGINT, signal.default_int_handler)    # see saxgpt/__init__.py
     with usage_errors():
-        try: func(**args)
+        try: func(**{k: expanded(v) for k, v in args.items()})
         except KeyboardInterrupt as e:
             print(': '.join(['saxgpt: interrupted', *map(str, e.args)]), file=sys.stderr)
             raise SystemExit(130) from None

@@ -18,7 +18,7 @@ import numpy as np
 
 from .audio import SAMPLE_RATE, write_audio
 from .config import command, demo_backing, weights_dir
-from saxgpt.files import (atomic_dir, atomic_path, map_parallel, read_jsonl, say, write_jsonl,
+from saxgpt.files import (atomic_dir, atomic_path, map_parallel, read_jsonl, write_jsonl,
     write_text)
 from .music.arrangement import Clock, arrange, perform, play_track, tempo_map, timeline
 from .music.drums import drum
@@ -28,6 +28,7 @@ from .music.soloist import SAXOPHONES, STYLES, articulate, melody, phrases
 from .music.synth import Note, find_fonts, load_font, render_lead, render_part
 from .music.theory import FORMS, NAMES, draw_changes, draw_harmony, lay_out
 from .music.world import Pool, draw_world, make_pool
+from .words import say
 
 # %% ../nbs/12_demo.ipynb #f445c982
 @dataclass

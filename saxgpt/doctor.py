@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from .packages import MORE, broken_import, fits, installed, misfits, needs, pip, requirements
+from .words import steady
 
 # %% ../nbs/15a_doctor.ipynb #432257db
 class Absent(Exception):
@@ -280,6 +281,5 @@ def _usage(message):
 
 # %% ../nbs/15a_doctor.ipynb #f03dabee
 if __name__ == '__main__' and '__file__' in globals():
-    try: sys.exit(main())
-    except BrokenPipeError:                     # a reader that goes away is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    steady()
+    sys.exit(main())

@@ -18,7 +18,6 @@ from traceback import clear_frames
 
 import numpy as np, soundfile as sf, torch
 from fastcore.script import Param
-from tqdm.auto import tqdm
 
 from . import __version__
 from .audio import SAMPLE_RATE, AudioError, mix, resample, to_mono, write_audio
@@ -26,7 +25,7 @@ from .codec import check_codec, load_codec
 from .config import ConfigError, DataConfig, RunConfig, command, device_name, load_config
 from .data.dataset import CodesDataset
 from .fad import EMBEDDERS, FadError, adherence, embed, exchange, fad
-from .files import content_hash, file_hash, is_name, locked, printable, read_jsonl, sweep, write_text
+from .files import content_hash, file_hash, is_name, locked, output_path, printable, read_jsonl, sweep, write_text
 from .fit import FIT, SPOILT, describe_backing, describe_solo, fit_scores, moved, partner, spoil, three_ways
 from .generate import read_truth
 from .metrics import bootstrap, codebook_accuracy, consistency, first_divergence, kl_divergence, sequence_accuracy, vocabulary
@@ -36,6 +35,7 @@ from .patterns import delay
 from .report import notes, report
 from .sampling import PLAYED, Sampler, check_settings, settled
 from .training.checkpoint import load_model
+from .words import bar
 
 # %% ../nbs/09_evaluation.ipynb #990cf129
 @dataclass(frozen=True)
@@ -603,7 +603,7 @@ def differences(
     return {k: stat(np.asarray(mine[k], float) - np.asarray(theirs[k], float), draws, groups(k)) for k in mine}
 
 # %% ../nbs/09_evaluation.ipynb #b599ee43
-def _bars(name): return lambda x: tqdm(x, desc=f'{name:20}', leave=True)
+def _bars(name): return lambda x: bar(x, desc=f'{name:20}', leave=True)
 
 def clean(
     v, # from JSON
@@ -627,6 +627,8 @@ def evaluate(
     device_name(str(device).startswith('cuda'))
     out = Path(output_dir)
     with locked(out):
+        for name in ('results.json', 'timing.json', 'report.html'):
+            output_path(out/name, checkpoint, against, *cfg.data.model_dump().values(), named=False)
         for d in (out/'items').glob('*/'): sweep(d)
         loaded = {c: load_model(c, device) for c in (checkpoint, against) if c}
         infos, cfgs = {c: info for c, (_, info) in loaded.items()}, {c: m.cfg for c, (m, _) in loaded.items()}

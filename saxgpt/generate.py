@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BACKING_LUFS', 'PIECES', 'FAR', 'STRANGE_GUIDANCE', 'listen', 'sound', 'Heard', 'stream', 'improvise',
            'distance_to_corpus', 'notice_strange', 'pitch_track', 'draw_chords', 'plot_solo', 'out_paths',
-           'read_backing', 'read_truth', 'steps_bar', 'write_solo', 'play', 'report', 'numbers', 'main']
+           'read_backing', 'read_truth', 'steps_bar', 'write_sound', 'write_plot', 'play', 'report', 'numbers', 'main']
 
 # %% ../nbs/08_generation.ipynb #252c5503
 import json, math, os, sys, time, warnings
@@ -20,12 +20,13 @@ from tqdm import tqdm
 from .audio import SAMPLE_RATE, mix as mix_audio, normalize_loudness, plot_spectrogram, read_audio, resample, write_audio
 from .codec import check_codec, load_codec
 from .config import command, demo_backing
-from .files import atomic_path
+from .files import output_path, printable, save_picture
 from .metrics import chord_tone_share, code_counts, total_variation
 from .model.decoding import light as lighten, play_codes
 from .model.transformer import SaxGPT
 from .sampling import PLAYED, UNGUIDED, check_settings, settled
 from .training.checkpoint import load_model
+from .words import Said, say
 
 # %% ../nbs/08_generation.ipynb #60bcef7c
 BACKING_LUFS = -23. # loudness of a backing beside a solo when both together have -20
@@ -192,13 +193,17 @@ def plot_solo(
     backing:np.ndarray, # (1, N)
     chords:list=(), # dicts with start, end (s), name, tones (pitch classes); empty if not known
     title:str='', # Above everything
-): # matplotlib figure
+    fig=None, # A matplotlib figure to draw into; None makes one that a notebook shows
+): # The figure
     "The line over its chords, and the spectrograms of solo and backing."
-    import matplotlib.pyplot as plt
+    if fig is None: import matplotlib.pyplot as plt
     until, (times, midi) = solo.shape[1]/SAMPLE_RATE, pitch_track(solo)
     heard = midi[np.isfinite(midi)]
     lo, hi = (int(f(np.percentile(heard, p))) + d for f, p, d in ((np.floor, 1, -3), (np.ceil, 99, 4))) if len(heard) else (48, 84)
-    fig, axs = plt.subplots(3, 1, figsize=(12, 8), sharex=True, height_ratios=[2, 1, 1], layout='constrained')
+    fig = fig or plt.figure()
+    fig.set_size_inches(12, 8)
+    fig.set_layout_engine('constrained')
+    axs = fig.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1])
     draw_chords(axs[0], chords, lo, hi, until)
     line = np.where(np.abs(np.diff(midi, prepend=np.nan)) > .8, np.nan, midi)  # a new note is a new stroke
     axs[0].plot(times, line, color='#b8430f', lw=2.5, solid_capstyle='round', zorder=3)
@@ -220,15 +225,16 @@ def out_paths(
     plot=None, # Where the picture goes; None: beside it
     n:int=1, # Solos
 ) -> list: # (solo, mix, plot) for each solo
-    "Names of all files to write; several solos are numbered."
+    "Names of all files to write; several solos are numbered, and a name that follows from a long one is cut."
     if n < 1: raise ValueError(f'n must be 1 or more, not {n}')
     out, rows = Path(out), []
     for i in range(n):
-        def name(p): return p if n == 1 else p.with_name(f'{p.stem}-{i+1:0{len(str(n))}}{p.suffix}')
-        solo = name(out)
-        both = name(Path(mix)) if mix else solo.with_name(f'{solo.stem}-mix{solo.suffix}')
-        rows.append((solo, both, name(Path(plot)) if plot else solo.with_suffix('.png')))
-    if len(set(rows[0])) < 3: raise ValueError(f'{out}: solo, mix and picture need names of their own')
+        def name(p, tail=None):
+            stem, tail = p.stem, (f'-{i+1:0{len(str(n))}}' if n > 1 else '') + (p.suffix if tail is None else tail)
+            while stem and tail != p.suffix and len(os.fsencode(stem + tail)) > 255: stem = stem[:-1]
+            return p.with_name(stem + tail)
+        rows.append((name(out), name(Path(mix)) if mix else name(out, f'-mix{out.suffix}'), name(Path(plot)) if plot else name(out, '.png')))
+    if len({os.path.realpath(p) for row in rows for p in row}) < 3*n: raise ValueError(f'{out}: solo, mix and picture need names of their own')
     for p in rows[0]:
         kinds = '.png .svg .pdf .jpg' if p is rows[0][2] else '.wav .flac .ogg .opus .mp3'
         if p.suffix.lower() not in kinds.split(): raise ValueError(f'{p}: give it one of the endings {kinds}')
@@ -262,33 +268,40 @@ def steps_bar(
 ): # a function to call with the number of frames done
     "A progress bar that knows what a frame is in seconds of music."
     fmt, t0 = 'playing {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} frames{postfix}', time.time()
-    with tqdm(total=frames, bar_format=fmt, mininterval=.2) as bar:
+    with tqdm(total=frames, bar_format=fmt, mininterval=.2, file=Said()) as bar:
         def progress(done):
             bar.set_postfix_str(f'{done/50/max(time.time() - t0, 1e-3):.1f}x real time', refresh=False)
             bar.update(done - bar.n)
         yield progress
 
 # %% ../nbs/08_generation.ipynb #0bfaf406
-def write_solo(
-    paths:tuple, # Of solo, mix and picture
+def write_sound(
+    solo_path, # Of the solo
+    mix_path, # Of the solo with its backing
+    solo:np.ndarray, # (1, N)
+    backing:np.ndarray, # (1, N)
+):
+    "Write a solo, alone and with its backing."
+    solo, backing = normalize_loudness(solo), normalize_loudness(backing)
+    write_audio(solo_path, solo)
+    write_audio(mix_path, mix_audio(solo, backing))
+
+def write_plot(
+    path, # Of the picture
     solo:np.ndarray, # (1, N)
     backing:np.ndarray, # (1, N)
     truth:dict, # What is known about the backing, maybe nothing
-    name:str, # For the title of the picture
-):
-    "Write a solo, alone and with its backing, and its picture, of a long one of the first minute."
-    import matplotlib.pyplot as plt
-    solo, backing = normalize_loudness(solo), normalize_loudness(backing)
-    write_audio(paths[0], solo)
-    write_audio(paths[1], mix_audio(solo, backing))
-    solo, backing = (x[:, :60*SAMPLE_RATE] for x in (solo, backing))
-    form = truth.get('form', '')
-    if truth: name += f': {"changes of its own" if form == "drawn" else form} in {truth.get("key", "")}, {truth.get("bpm", 0):.0f} bpm'
+    name:str, # For the title
+)->bool: # Whether it is written
+    "Write the picture of a solo, or say why there is none."
+    solo, backing = (normalize_loudness(x)[:, :60*SAMPLE_RATE] for x in (solo, backing))
+    def draw(fig):
+        title, form = f'SaxGPT over {printable(name)}', truth.get('form', '')
+        if truth: title += f': {"changes of its own" if form == "drawn" else form} in {truth.get("key", "")}, {truth.get("bpm", 0):.0f} bpm'
+        plot_solo(solo, backing, truth.get('chords', ()), title, fig)
     with warnings.catch_warnings():                                # letters that the font lacks, sounds shorter than a window
         warnings.simplefilter('ignore')
-        fig = plot_solo(solo, backing, truth.get('chords', ()), f'SaxGPT over {name}')
-        with atomic_path(paths[2]) as p: fig.savefig(p, dpi=110)
-    plt.close(fig)
+        return save_picture(path, draw)
 
 # %% ../nbs/08_generation.ipynb #068534d8
 def play(
@@ -305,7 +318,7 @@ def play(
     light:bool=False, # With the lighter copy of the model
     compiled:bool=False, # With a compiled step, on a CPU
     **settings, # temperature, top_k, top_p, guidance, density of `play_codes`; those that are absent as `settled`
-) -> list: # (solo, mix, plot) paths for each solo
+) -> list: # (solo, mix, plot) paths for each solo; the plot is None where it could not be drawn
     "Play solos over a recording and write them, mixed and pictured too."
     check_settings(**settled(settings))
     paths = out_paths(out, mix, plot, n)
@@ -317,20 +330,21 @@ def play(
     src, x, truth = read_backing(backing, seconds)
     first = None if prompt is None else read_audio(prompt, SAMPLE_RATE, mono=True)[0]
     if first is not None and first.shape[1] >= x.shape[1]: raise ValueError(f'{prompt}: is as long as the backing, which leaves nothing to play')
-    if src.resolve() in {p.resolve() for row in paths for p in row}: raise ValueError(f'{src}: is the backing; give the solo another name')
+    inputs, named = (src, src.with_name('truth.json'), prompt, checkpoint, codec), (n == 1, n == 1 and mix, n == 1 and plot)
     codec = load_codec(codec or about['codec_name'], device=model.null.device)
     check_codec(codec.fingerprint(), about, f'checkpoint {checkpoint}')
-    for folder in {p.parent for row in paths for p in row}:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK): raise PermissionError(13, 'the folder is not writable', str(folder))
+    paths = [tuple(output_path(p, *inputs, named=bool(k)) for p, k in zip(row, named)) for row in paths]
     if about['backings']:
         settings, line = notice_strange(distance_to_corpus(codec, x, about['backings']), about['backings'], settings, chosen)
-        if line: print(f'saxgpt: {line}', file=sys.stderr)
+        if line: say(line)
     with steps_bar(math.ceil(x.shape[1]/codec.hop)) as progress:
         solos = improvise(model, codec, x, [seed + i for i in range(n)], first, progress, compiled=compiled, **settings)
     cut, x = solos.shape[1] < x.shape[1], x[:, :solos.shape[1]]
-    for i, (row, solo) in enumerate(zip(paths, solos)): write_solo(row, solo[None], x, truth, f'{"the demo backing" if str(backing) == "demo" else src.name}, seed {seed + i}')
-    if cut: raise KeyboardInterrupt(f'the first {x.shape[1]/SAMPLE_RATE:.1f} s are kept: {", ".join(str(p) for row in paths for p in row)}')
+    for row, solo in zip(paths, solos): write_sound(*row[:2], solo[None], x)
+    name = 'the demo backing' if str(backing) == 'demo' else src.name
+    paths = [(*row[:2], row[2] if write_plot(row[2], solo[None], x, truth, f'{name}, seed {seed + i}') else None)
+             for i, (row, solo) in enumerate(zip(paths, solos))]
+    if cut: raise KeyboardInterrupt(f'the first {x.shape[1]/SAMPLE_RATE:.1f} s are kept: {", ".join(str(p) for row in paths for p in row if p)}')
     return paths
 
 # %% ../nbs/08_generation.ipynb #562b7ab5
@@ -340,7 +354,7 @@ def report(
     seed:int, # One that has not been played yet
 ): # prints
     "Where the solos are and how to go on."
-    for solo, both, picture in paths: print(f'solo     {solo}\nmix      {both}\npicture  {picture}')
+    for what, p in ((w, p) for row in paths for w, p in zip(('solo', 'mix', 'picture'), row) if p): print(f'{what:8} {p}')
     print(f'Done in {took:.0f} s. Other solos: --seed {seed}, several at once: --n 3, more weight on the backing: --guidance 3.')
     here = f'{os.path.relpath(sys.executable)} -m saxgpt.generate' if Path(sys.executable).is_relative_to(Path.cwd()) else 'saxgpt generate'
     print(f'Over your own recording, any format:  {here} my-track.mp3 -o out/my-solo.wav')

@@ -19,8 +19,9 @@ from fastcore.imports import in_notebook
 from fastcore.script import Param
 
 from .config import ConfigError, RunConfig, command, load_config
-from .files import atomic_path
-from .packages import needs
+from .files import atomic_path, output_path
+from .packages import drawing, needs
+from .words import Said, say
 
 # %% ../nbs/07e_monitor.ipynb #2b78cec1
 def number(
@@ -368,7 +369,7 @@ def picture(
 )->bytes:
     "The curves as a file's content."
     out = io.BytesIO()
-    plot_run(run).savefig(out, format=format, dpi=dpi)
+    with drawing(): plot_run(run).savefig(out, format=format, dpi=dpi)
     return out.getvalue()
 
 # %% ../nbs/07e_monitor.ipynb #ba23e5ec
@@ -388,7 +389,7 @@ def follow(
             if before is not None:
                 try: new = run.read()
                 except OSError as e: new, failure = False, str(e)
-                if failure and not failed: print(f'saxgpt: {failure}; trying again every {every:g} s', file=sys.stderr)
+                if failure and not failed: say(f'{failure}; trying again every {every:g} s')
                 failed = failure
             if new or state(run) != before: show(run)
             before = state(run)
@@ -399,12 +400,13 @@ def follow(
 # %% ../nbs/07e_monitor.ipynb #5783b441
 def show_table(run:Run):
     "The table in the place of the last one, where there is a screen."
-    screen = sys.stdout.isatty()
+    screen = Said('stdout').isatty()
     text = table(run) if state(run) != 'waiting' else f'waiting for {run.path} (Ctrl-C ends)'
     if screen:
         width = shutil.get_terminal_size().columns
         text = '\033[H\033[J' + '\n'.join(l[:width] if l.startswith(' ') else l for l in text.splitlines())
     print(text if screen or state(run) == 'waiting' else text + '\n', flush=True)
+    if getattr(sys.stdout, 'gone', False): raise KeyboardInterrupt    # nobody reads it any more, see `Said`
 
 # %% ../nbs/07e_monitor.ipynb #d17cb315
 def live_window(
@@ -418,7 +420,7 @@ def live_window(
         plt.close(fig)
         raise ConfigError('--live: there is no screen to open a window on; use --watch, or --plot --output FILE.png')
     def show(run):
-        plot_run(run, fig)
+        with drawing(): plot_run(run, fig)
         fig.canvas.draw_idle()
     def pause(seconds):
         fig.canvas.start_event_loop(seconds)
@@ -488,6 +490,7 @@ def main(
     if not run.end: raise ConfigError(f'{run.path}: there is none, or it is empty; train first, or name the folder with --dir')
     if not plot: return print(table(run))
     if not (len(run.train) or len(run.val)): raise ConfigError(f'{run.path}: nothing to draw, no loss is logged yet; no picture was written')
+    path = output_path(output, run.path)
     data = picture(run, Path(output).suffix[1:] or 'png', 150)
-    with atomic_path(output) as p: p.write_bytes(data)
+    with atomic_path(path) as p: p.write_bytes(data)
     print(f'wrote {output}')

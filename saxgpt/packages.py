@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'MORE', 'installed', 'requirements', 'fits', 'pip', 'misfits', 'cause', 'PackageError', 'needs',
-           'broken_import', 'writable', 'lend_caches']
+           'broken_import', 'drawing', 'writable', 'lend_caches']
 
 # %% ../nbs/10c_packages.ipynb #72e93946
-import atexit, os, shlex, shutil, sys, tempfile
+import atexit, logging, os, shlex, shutil, sys, tempfile, threading
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../nbs/10c_packages.ipynb #f06ecbf9
@@ -173,6 +174,33 @@ def broken_import(
     why, mend = cause(e, package)
     return f'{package} cannot be imported: {why}; {mend}{MORE}'
 
+# %% ../nbs/10c_packages.ipynb #fa9de5f9
+_one_at_a_time = threading.RLock()
+
+def _matplotlib():
+    "matplotlib, also where it chokes on the settings of the user or the folder."
+    log = logging.getLogger('matplotlib')
+    level = log.level
+    log.setLevel(logging.CRITICAL)                       # what it says about these settings
+    try: import matplotlib
+    except (ValueError, OSError):
+        for name in [m for m in sys.modules if m.startswith('matplotlib.')]: del sys.modules[name]
+        here = os.getcwd()
+        os.chdir(Path(find_spec('matplotlib').origin).parent/'mpl-data')
+        try: import matplotlib
+        finally: os.chdir(here)
+    finally: log.setLevel(level)
+    return matplotlib
+
+@contextmanager
+def drawing(
+    style:dict={}, # settings of matplotlib
+):
+    "Draw with matplotlib as it comes, whatever the user or the current folder has set for other plots."
+    with _one_at_a_time:
+        mpl = _matplotlib()
+        with mpl.rc_context({k: v for k, v in mpl.rcParamsDefault.items() if k != 'backend'} | style): yield
+
 # %% ../nbs/10c_packages.ipynb #b2d05f81
 def writable(
     folder, # may be absent
@@ -184,7 +212,6 @@ def writable(
 
 def lend_caches():
     "Give librosa, matplotlib and torch a temporary folder for their caches where the user's cannot be written."
-    from importlib.util import find_spec
     unknown = os.path.expanduser('~') == '~'                         # a user without a home
     if not unknown and writable(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')): return
     try: folder = tempfile.mkdtemp(prefix='saxgpt-')

@@ -7,12 +7,12 @@ __all__ = ['STAGES', 'SAME', 'OTHER', 'Outcome', 'StageError', 'run_stage', 'tab
            'main']
 
 # %% ../nbs/13_pipeline.ipynb #26773c6d
-import importlib, inspect, json, os, shutil, sys, time
+import importlib, inspect, itertools, json, os, shutil, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.script import Param
-from .config import ConfigError, DataConfig, command, device_name, load_config, to_dict
-from .files import caught, content_hash, file_hash, is_name, locked, printable, read_jsonl, sweep, write_text
+from .config import ConfigError, DataConfig, command, config_path, device_name, load_config, to_dict
+from .files import WriteError, caught, content_hash, file_hash, is_name, locked, output_path, printable, read_jsonl, sweep, write_text
 from .packages import needs
 
 # %% ../nbs/13_pipeline.ipynb #56e03ba1
@@ -133,6 +133,14 @@ def _missing(cfg, failed): # recordings that stems need and that tidying removed
             gone = True
     return gone
 
+def _apart(cfg, folders):
+    "Refuse outputs that are inputs"
+    codec = [p for p in (cfg.codec, cfg.demucs.repo) if p]
+    for f, c in itertools.product(folders, codec):
+        if os.path.exists(f) and os.path.exists(c) and os.path.samefile(f, c): raise WriteError(
+            f'{f}: holds {c} too, which is read and would be taken for the files of a stage; give it a folder of its own')
+    output_path(cfg.data_paths.metadata_path, *codec, cfg.source, cfg.download.cookies, *([cfg.url] if isinstance(cfg.url, str) else cfg.url or ()))
+
 def run_pipeline(cfg:DataConfig, device:str='cpu',
                  only:str=None, # one stage, all when absent
                  n_jobs=1, # processes, or a `Ray`
@@ -146,6 +154,7 @@ def run_pipeline(cfg:DataConfig, device:str='cpu',
         outcomes.append(Outcome(only, notes=[SAME], skipped=True))
         return outcomes
     folders = [v for k,v in to_dict(cfg.data_paths).items() if k != 'metadata_path']
+    _apart(cfg, folders)
     with locked(*folders):
         if n_jobs != 1: import librosa.core.audio, librosa.core.pitch, librosa.util.utils
         sweep(Path(cfg.data_paths.metadata_path).parent, Path(cfg.data_paths.metadata_path).name)
@@ -209,6 +218,7 @@ def main(overrides:Param('settings to replace, as key=value', str, nargs='*', op
     "Recordings to datasets: run the data stages, going on where they stopped."
     if not config: raise ConfigError('--config: give a bundled name, such as demo, or the path of a YAML file')
     cfg, device, outcomes, bad = load_config(DataConfig, config, overrides or ()), device_name(cuda), [], []
+    output_path(cfg.data_paths.metadata_path, config_path(DataConfig, config))
     separator = separator and _named(separator)
     workers = Ray(ray, cuda) if ray else n_jobs or min(os.cpu_count() or 1, 8)
     try: run_pipeline(cfg, device, only, workers, not quiet, outcomes, separator)

@@ -14,8 +14,9 @@ from pathlib import Path
 from urllib.parse import unquote
 
 
-from .files import WriteError, atomic_path, content_hash, is_name, locked, printable, reason, say
+from .files import WriteError, atomic_path, content_hash, expanded, is_name, locked, printable, reason
 from .packages import needs
+from .words import say
 
 # %% ../nbs/10b_remote.ipynb #b6f7bea9
 class RemoteError(OSError):
@@ -195,7 +196,7 @@ def download(
 # %% ../nbs/10b_remote.ipynb #71b5a894
 def cache()->Path: # a folder
     "Where this machine keeps what it has fetched."
-    return Path(os.environ.get('SAXGPT_CACHE') or Path.home()/'.cache'/'saxgpt')
+    return Path(expanded(os.environ.get('SAXGPT_CACHE') or '~/.cache/saxgpt'))
 
 @contextmanager
 def in_turn(

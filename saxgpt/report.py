@@ -11,11 +11,12 @@ __all__ = ['INK', 'COLORS', 'STYLE', 'CSS', 'POLICY', 'SERIES', 'WRONG', 'esc', 
 import base64, html, io, json, math, re
 
 import numpy as np, soundfile as sf
-from matplotlib.figure import Figure
 
 from .audio import SAMPLE_RATE, to_mono
-from .files import printable
+from .files import printable, reason
 from .fit import FIT
+from .packages import drawing
+from .words import say
 
 # %% ../nbs/09d_report.ipynb #9c9241dc
 def esc(
@@ -71,12 +72,16 @@ def picture(
     label:str='', # for those who cannot see it
 )->str: # inline SVG
     "A plot that fits the page, its width and its light."
-    import matplotlib as mpl
-    with mpl.rc_context(STYLE):
-        fig = Figure((width, height), layout='constrained')
-        draw(fig.subplots())
-        buf = io.StringIO()
-        fig.savefig(buf, format='svg', transparent=True, metadata=dict(Date=None, Creator=None))
+    buf = io.StringIO()
+    try:
+        with drawing(STYLE):
+            from matplotlib.figure import Figure
+            fig = Figure((width, height), layout='constrained')
+            draw(fig.subplots())
+            fig.savefig(buf, format='svg', transparent=True, metadata=dict(Date=None, Creator=None))
+    except Exception as e:
+        say(f'no picture of {label or "the report"}, {printable(reason(e))[:200]}; all else is written')
+        return '<p>This picture could not be drawn.</p>'
     svg = buf.getvalue()
     svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.S).replace(INK, 'currentColor')
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1', re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1', svg, count=1), count=1)

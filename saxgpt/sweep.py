@@ -11,13 +11,13 @@ from itertools import product
 from pathlib import Path
 
 from fastcore.script import Param
-from tqdm.auto import tqdm
 
 from .codec import check_codec, load_codec
 from .config import ConfigError, RunConfig, command, device_name, load_config, parse, to_dict
 from .evaluate import Judge, Store, TestSet, clean, make_plan, plain, play, player_key, stat
-from .files import locked, write_text
+from .files import locked, output_path, write_text
 from .training.checkpoint import load_model
+from .words import bar
 
 # %% ../nbs/09e_sweep.ipynb #ceb0ab8c
 TEMPERATURES, GUIDANCES = (.2, .4, .6, .8, 1.), (1., 1.25, 1.5, 2., 3.)
@@ -36,7 +36,7 @@ def sweep(
     seconds:float=15., # of each
     seed:int=0, # of the choice of windows and of the solos
     device:str='cpu',
-    progress=tqdm,
+    progress=bar,
 )->dict: # settings, and rows: settings -> metric -> mean, low, high
     "Play the same windows at each setting and describe the solos; raises `ConfigError` without a validation set."
     plan = make_plan(samples=n, seconds=seconds, seed=seed)
@@ -46,6 +46,7 @@ def sweep(
     check_codec(info, tests.dataset.fingerprint, f'{tests.dataset.path} with checkpoint {checkpoint}')
     if not model.cfg.condition_dropout: grid = [s for s in grid if s['guidance'] == 1]         # there is nothing to move away from
     with locked(out):
+        output_path(out/'sweep.json', checkpoint, *d['data'].values(), named=False)
         samples, partners = tests.choose(n, seed)
         judge = Judge(Store(out/'items'), tests, load_codec(info['codec_name'], device), samples, partners)
         recordings = [tests.recording(i) for i in samples]

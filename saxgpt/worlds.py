@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np, torch
-from tqdm.auto import tqdm
 
 from .audio import SAMPLE_RATE
 from .codec import load_codec
 from .config import command, device_name
 from .demo import VERSION, compose, render, truth_of
 from .evaluate import Store, clean, plain, stat
-from .files import locked, write_text
+from .files import locked, output_path, save_picture, write_text
 from .fit import describe_backing, describe_solo, fit_scores, moved, partner
 from .generate import distance_to_corpus, listen, notice_strange
 from .metrics import longest_silence
@@ -30,6 +29,7 @@ from .music.recording import KINDS
 from .music.world import make_pool
 from .sampling import settled
 from .training.checkpoint import load_model
+from .words import bar
 
 # %% ../nbs/09f_worlds.ipynb #73fdaa3a
 HELD_BACK = dict( # use -> feels and bands that training never has
@@ -145,7 +145,7 @@ def measure_worlds(
     seconds:float=30., # of each
     seed:int=977, # of the tunes
     device:str='cpu',
-    progress=lambda name: (lambda x: tqdm(x, desc=f'{name:10}')),
+    progress=lambda name: (lambda x: bar(x, desc=f'{name:10}')),
     **settings # of `generate_codes`: temperature, top_k, top_p, guidance, density
 )->dict: # checkpoint, settings, worlds: name -> as from `measure_world`
     "The table of worlds; goes on where an earlier run stopped."
@@ -154,6 +154,7 @@ def measure_worlds(
     chosen, settings = 'guidance' in settings, settled(settings, model.cfg.condition_dropout)
     player, out = (model, codec, settings, chosen, [info['source'].rpartition(' ')[2], codec.voice, chosen]), Path(output_dir)
     with locked(out):
+        for name in ('worlds.json', 'worlds.png'): output_path(out/name, checkpoint, named=False)
         rows = {k: Row(w, player, Store(out/'items'), n, seconds, seed) for k, w in worlds.items()}
         got = {k: dict(about=worlds[k].about, **measure_world(row, progress(k))) for k, row in rows.items()}
     return clean(plain(dict(checkpoint=info['source'], step=info['step'], settings=settings, n=n, seconds=seconds, seed=seed, worlds=got)))
@@ -178,11 +179,15 @@ def as_table(
 
 def plot_worlds(
     results:dict, # label -> as from `measure_worlds`, such as before and after
-):
+    fig=None, # a matplotlib figure to draw into; None makes one that a notebook shows
+): # the figure
     "Notes in the chord in each world, between another tune's and the real solo's."
-    import matplotlib.pyplot as plt
+    if fig is None: import matplotlib.pyplot as plt
     names = list(next(iter(results.values()))['worlds'])
-    fig, ax = plt.subplots(figsize=(1.2 + 1.5*len(names), 2.8), layout='constrained')
+    fig = fig or plt.figure()
+    fig.set_size_inches(1.2 + 1.5*len(names), 2.8)
+    fig.set_layout_engine('constrained')
+    ax = fig.subplots()
     width = .8/len(results)
     for i, (label, r) in enumerate(results.items()):
         v = [r['worlds'][w]['note_in_chord']['played'] for w in names]
@@ -217,5 +222,5 @@ def main(
     try: result = measure_worlds(worlds, checkpoint, out, n, seconds, seed, device_name(cuda))
     except KeyboardInterrupt: raise KeyboardInterrupt(f'what is done is in {out/"items"}; the same command goes on from there') from None
     write_text(out/'worlds.json', json.dumps(result, indent=1) + '\n')
-    plot_worlds({str(checkpoint): result}).savefig(out/'worlds.png', dpi=110)
     print(as_table(result))
+    save_picture(out/'worlds.png', lambda fig: plot_worlds({str(checkpoint): result}, fig))

@@ -87,6 +87,43 @@ def test_bad_argument_is_one_line(tmp_path, args):
     assert r.returncode == 2 and r.stderr.strip().count('\n') == 0, r.stderr
 
 
+def test_nobody_listens(tmp_path):
+    "What cannot be said is no reason to fail: no reader, no such letter, no stream, a full disk."
+    r = {}
+    for name, line, more in [('none', '"$0" "${@}" >&- 2>&-', {}), ('head', '"$0" "${@}" 2>&1 | true; exit ${PIPESTATUS[0]}', {}),
+                             ('full', '"$0" "${@}" > /dev/full', {}), ('caf\udce9 \u266f', '"$0" "${@}"', dict(PYTHONIOENCODING='ascii'))]:
+        out = os.fsencode(tmp_path/name) + b'.wav'
+        r[name] = subprocess.run([b'bash', b'-c', line.encode(), os.fsencode(sys.executable), b'-m', b'saxgpt.generate', b'demo', b'--seconds', b'1', b'-o', out],
+                                 capture_output=True, env=cold | more)
+        assert r[name].returncode == 0, (name, r[name])
+        assert sf.info(out).duration == 1 and os.path.exists(out.replace(b'.wav', b'.png')), name
+    assert r['full'].stderr.count(b'saxgpt: standard output: No space left on device') == 1
+    assert rb'caf\udce9 \u266f.wav' in r['caf\udce9 \u266f'].stdout
+    for line in ['"${0%/*}/saxgpt"', '"$0" -m saxgpt.pipeline', '"$0" -m saxgpt.pipeline --help']:
+        both = subprocess.run(['bash', '-c', f'{line} 2>&1 | true; exit ${{PIPESTATUS[0]}}', sys.executable], capture_output=True, text=True, env=env)
+        assert both.returncode == (0 if line.endswith('help') or 'pipeline' not in line else 2) and not both.stderr, line
+
+
+def test_home_is_where_the_tilde_is(tmp_path):
+    (tmp_path/'ella').mkdir()
+    (tmp_path/'ella'/'tune.wav').write_bytes(demo_backing()[0].read_bytes())
+    at = cold | dict(HOME=str(tmp_path/'ella'))
+    run('saxgpt.generate', '~/tune.wav', '--output=~/out/solo.wav', '--seconds', 1, env=at, cwd=tmp_path)
+    assert (tmp_path/'ella'/'out'/'solo.wav').is_file() and not (tmp_path/'~').exists()
+
+
+def test_a_prompt_is_never_the_output(tmp_path):
+    "The default output, in the folder that one is in."
+    sf.write(tmp_path/'solo.wav', np.sin(np.arange(32000)/20)/4, 32000)
+    (tmp_path/'matplotlibrc').write_text('text.usetex: True\n')
+    mine = (tmp_path/'solo.wav').read_bytes()
+    r = run('saxgpt.generate', 'demo', '--prompt', 'solo.wav', '--seconds', 2, cwd=tmp_path, ok=False)
+    assert (r.returncode, r.stderr.count('\n')) == (2, 1) and 'solo.wav: is read by the same command and would be lost' in r.stderr
+    assert (tmp_path/'solo.wav').read_bytes() == mine
+    run('saxgpt.generate', 'demo', '--prompt', 'solo.wav', '--seconds', 2, '-o', 'mine.wav', cwd=tmp_path, env=cold)   # a picture without LaTeX
+    assert (tmp_path/'mine.png').is_file() and (tmp_path/'solo.wav').read_bytes() == mine
+
+
 def sigint_as_usual():
     "SIGINT is ignored where the tests run in the background."
     signal.signal(signal.SIGINT, signal.SIG_DFL)

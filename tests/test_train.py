@@ -174,7 +174,7 @@ def at_crash_point(nursery, data, base, want, out, op, *more):
     check(out, want)
     whole_names = whole_checkpoints(out).keys()
     assert whole_names & {'last', 'previous'}, f'operation {op}: nothing to go on from'
-    put_back = {p.name.partition('+')[2] for p in (out/'checkpoints').glob('.*+*')}           # by the next run
+    put_back = {p.name for p in (out/'checkpoints').glob('.*+/*')}                            # by the next run
     assert whole_names | put_back >= whole_checkpoints(base).keys() - {'last', 'previous'}, f'operation {op}: a kept checkpoint is gone'
     for op in more:
         run = nursery.start(*args, traps=[dict(op=op, under=str(out))])

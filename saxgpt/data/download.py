@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 from fastcore.basics import patch
-from tqdm.auto import tqdm
 from ..audio import AudioError, probe
 from ..config import ConfigError, DataConfig, DownloadConfig
 from ..files import FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash, map_parallel, printable, read_jsonl, reason, write_jsonl
 from ..packages import needs
+from ..words import bar
 
 # %% ../../nbs/00_data_download.ipynb #db4938b3
 AUDIO_SUFFIXES = {'.wav','.flac','.ogg','.oga','.opus','.mp3','.m4a','.mp4','.aac','.webm','.mka','.aif','.aiff','.wma'}
@@ -105,10 +105,9 @@ def addresses(url)->list: # of an address, the path of a text file, or a list of
     "The addresses that a configuration asks for, in order"
     found = []
     for u in filter(None, (u.strip() for u in ([url] if isinstance(url, str) else url or []))):
-        path = os.path.expanduser(u)
         if '://' in u: found.append(u)
-        elif os.path.isfile(path): found += _lines(Path(path))
-        elif os.path.isdir(path): raise ConfigError(f'url: {u} is a folder; give it as source={u}')
+        elif os.path.isfile(u): found += _lines(Path(u))
+        elif os.path.isdir(u): raise ConfigError(f'url: {u} is a folder; give it as source={u}')
         elif u[0] in './~' or u.lower().endswith('.txt'): raise ConfigError(f'url: there is no file {u}')
         else: found.append(u)
     return list(dict.fromkeys(found))
@@ -133,7 +132,7 @@ def item_key(item:dict)->str: # an entry or a video of yt-dlp's
 
 # %% ../../nbs/00_data_download.ipynb #4f2bbb57
 def _cookies(path):
-    try: return io.StringIO(Path(path).expanduser().read_text(encoding='utf-8-sig', errors='replace'))
+    try: return io.StringIO(Path(path).read_text(encoding='utf-8-sig', errors='replace'))
     except OSError as e: raise ConfigError(f'download.cookies: {path} cannot be read ({e.strerror})') from None
 
 def _browser(s):
@@ -256,7 +255,7 @@ class Web:
         except Exception as e: raise ConfigError(f'download.cookies: {_said(e)}') from None
         for w in self.log.warnings:
             if 'JavaScript runtime(s)' in w: raise ConfigError(f'download.js_runtimes: {_said(w)}')
-        self.bar = tqdm(total=0, desc='download', unit='item', miniters=0, smoothing=0, disable=not progress)
+        self.bar = bar(total=0, desc='download', unit='item', miniters=0, smoothing=0, disable=not progress)
 
     def _names(self):
         where = str(self.folder)
@@ -309,6 +308,7 @@ def resolve(self:Web, item:dict)->dict: # of yt-dlp's: a video, or a list, which
 def download(self:Web, info:dict, name:str)->Path: # the file
     "Fetch a video's audio to `fetched/NAME.FORMAT.EXT`, going on with what is there of it"
     if info.get('is_live') or info.get('live_status') in ('is_live', 'is_upcoming'): raise SourceError('is a broadcast, no recording yet')
+    for p in self.folder.glob(f'{name}.*'): p.is_symlink() and p.unlink() # planted: yt-dlp would write to what it leads to
     parts = list(self.folder.glob(f'{name}.*.part'))
     def go(): # yt-dlp writes into what it is given
         own = dict(saxgpt=name) | ({'formats': [dict(f) for f in info['formats']]} if info.get('formats') else {})
@@ -413,7 +413,7 @@ def fetch(self:Web, address:str):
 # %% ../../nbs/00_data_download.ipynb #779de177
 def _source(cfg):
     "The source folder of a configuration"
-    source = Path(cfg.source).expanduser()
+    source = Path(cfg.source)
     if not source.is_dir(): raise ConfigError(f'source: there is no folder {source}')
     if Path(cfg.data_paths.dl_dir).resolve().is_relative_to(source.resolve()):
         raise ConfigError(f'data_paths.dl_dir: {cfg.data_paths.dl_dir} lies within the source {source} and would be taken for recordings; '

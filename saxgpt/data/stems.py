@@ -17,11 +17,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, yaml
 from fastcore.basics import patch
-from tqdm.auto import tqdm
 from ..audio import SAMPLE_RATE, LoudnessMeter, Spool, loudness, resampled, stream, to_mono, write_stream
 from ..config import ConfigError, DataConfig, DemucsConfig
 from ..files import atomic_dir, content_hash, file_hash, is_name, map_parallel, read_manifest, read_tensors, write_jsonl, write_tensors
 from ..packages import needs
+from ..words import bar
 
 # %% ../../nbs/01_stem_separation.ipynb #1aa109da
 def gain_to(level:float, # loudness, LUFS
@@ -64,11 +64,11 @@ def bleed_db(lead, mix, # powers of frames
     return round(float(np.clip(np.percentile(10*np.log10(np.maximum(lead[heard], 1e-20)/mix[heard]), 10), -96, 0)), 1)
 
 # %% ../../nbs/01_stem_separation.ipynb #255aa981
-def _listed(repo, suffix): return {p.stem: p for p in sorted(Path(repo).expanduser().iterdir()) if p.suffix == suffix}
+def _listed(repo, suffix): return {p.stem: p for p in sorted(Path(repo).iterdir()) if p.suffix == suffix}
 
 def _bag(model, repo):
     "What a local repository says about a model: its bag as a dict, and the files of its members"
-    if not Path(repo).expanduser().is_dir(): raise ConfigError(f'demucs.repo: there is no folder {repo}')
+    if not Path(repo).is_dir(): raise ConfigError(f'demucs.repo: there is no folder {repo}')
     bags, members = _listed(repo, '.yaml'), {}
     for stem,p in _listed(repo, '.th').items():
         if members.setdefault(stem.rsplit('-', 1)[0], p) is not p:
@@ -418,11 +418,11 @@ def _separated(mixes, cfg, separator, n_jobs, progress):
     sources, heard = getattr(separator, 'sources', None), 0.
     if sources and cfg.demucs.lead not in sources:
         raise ConfigError(f'demucs.lead: {cfg.demucs.lead!r} is none of the sources of {cfg.demucs.model if isinstance(separator, Demucs) else separator_name(separator)}: {", ".join(sources)}')
-    with tqdm(total=round(sum(map(seconds, mixes))), desc='separation', unit=' s', disable=not progress) as bar:
+    with bar(total=round(sum(map(seconds, mixes))), desc='separation', unit=' s', disable=not progress) as shown:
         def tick(seconds):
             nonlocal heard
             heard += seconds
-            bar.update(round(heard)-bar.n)
+            shown.update(round(heard)-shown.n)
         return map_parallel(partial(work, tick=tick), mixes)
 
 def _why(e):
@@ -432,7 +432,7 @@ def _why(e):
 
 def _tidy(work, going_on):
     "Remove the chunks of recordings that are done, or are made in another way now"
-    if not work.is_dir(): return
+    if not work.is_dir() or work.is_symlink(): return
     for p in work.iterdir():
         if p.name not in going_on: shutil.rmtree(p, ignore_errors=True)
     if not any(work.iterdir()): work.rmdir()

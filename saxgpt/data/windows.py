@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, soundfile as sf
 from ..audio import write_stream
 from ..config import DataConfig, WindowConfig
-from ..files import atomic_dir, content_hash, is_name, map_parallel, prune, read_manifest, reason, write_text
+from ..files import atomic_dir, content_hash, is_name, map_parallel, output_path, prune, read_manifest, reason, write_text
 
 # %% ../../nbs/02_windows.ipynb #474fb23d
 def rms_frames(blocks, # iterable of 1-d arrays, the track from beginning to end
@@ -134,7 +134,7 @@ def run(cfg:DataConfig, device='cpu',
     table = csv.DictWriter(text, COLUMNS, lineterminator='\n')
     table.writeheader()
     table.writerows({k: round(r[k], 6) if k.startswith('rms') else r[k] for k in COLUMNS} for r in rows)
-    write_text(cfg.data_paths.metadata_path, text.getvalue())
+    write_text(output_path(cfg.data_paths.metadata_path), text.getvalue())
     prune(cfg.data_paths.clips_dir, {r['clip'] for r in rows})
     return dict(done=[r['clip'] for r in rows], failed=failed, dropped=dropped, n_in=len(infos),
                 hours=sum(r['duration_s'] for r in rows)/3600, made=made/3600)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'HUB', 'PIECE', 'CheckpointError', 'pack', 'unpack', 'versions', 'save_checkpoint', 'verify',
-           'read_backings', 'frame', 'load_weights', 'from_hub', 'find_checkpoint', 'is_hub_name', 'load_model',
-           'load_trainer_state', 'describe_backings', 'give_away', 'export_weights', 'hub_model', 'link_checkpoint',
-           'main']
+           'read_backings', 'frame', 'load_weights', 'from_hub', 'find_checkpoint', 'is_hub_name', 'read_card',
+           'load_model', 'load_trainer_state', 'describe_backings', 'give_away', 'export_weights', 'hub_model',
+           'link_checkpoint', 'main']
 
 # %% ../../nbs/07b_checkpoint.ipynb #702248ca
 import json, os, platform, re, shutil
@@ -18,11 +18,12 @@ from torch import nn
 
 from .. import __version__
 from ..config import ModelConfig, RunConfig, command, parse, to_dict, weights_dir
-from ..files import atomic_dir, file_hash, read_tensors, read_weights, reason, tensor_shapes, write_tensors
+from ..files import atomic_dir, file_hash, output_path, read_tensors, read_weights, reason, tensor_shapes, write_tensors
 from ..metrics import total_variation
 from ..model.decoding import laid_out
 from ..model.transformer import SaxGPT
 from ..remote import is_remote
+from ..words import say
 
 # %% ../../nbs/07b_checkpoint.ipynb #693ed551
 class CheckpointError(ValueError):
@@ -187,6 +188,16 @@ def find_checkpoint(
 
 def is_hub_name(path)->bool: return bool(re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(path)))
 
+def read_card(
+    folder, # a checkpoint
+    root=None, # its text may lie in there; None for the folder
+)->bytes|None: # None where there is none
+    "The model card; a link that leads elsewhere may be no text that anybody wants to publish."
+    card = Path(folder)/'README.md'
+    if os.path.islink(card) and not card.resolve().is_relative_to(Path(root or folder).resolve()):
+        raise CheckpointError(f'{card}: is a link out of the checkpoint, and is not taken for its card; put the text there')
+    return card.read_bytes() if card.is_file() else None
+
 def load_model(
     path='bundled', # as of `find_checkpoint`
     device='cpu', # where the model goes
@@ -206,8 +217,9 @@ def load_model(
     model = frame(parse(RunConfig, about['config'], str(folder/'config.json')).model, folder)
     load_weights(model, folder)
     if 'backings.json' in hashes: about['backings'] = read_backings(folder, model.cfg.vocab_size - 1)
-    model.about, card = about, folder/'README.md'
-    model.card = card.read_text(encoding='utf-8') if card.is_file() else None
+    model.about, model.card = about, None
+    try: model.card = read_card(folder, folder.parents[1] if far else folder)    # the hub's cache holds links into its blobs
+    except CheckpointError as e: say(str(e))
     return laid_out(model.float().to(device).eval()), about
 
 def load_trainer_state(
@@ -245,18 +257,23 @@ def describe_backings(
                 sd=round(float(np.std(far)), 4), recordings=len(own), frames=int(total.sum()))
 
 # %% ../../nbs/07b_checkpoint.ipynb #d8703d5a
+def _target(out, *inputs):
+    "Where an export goes, tried before the work; nothing but an older export is replaced, and no input"
+    out = Path(out)
+    if out.exists() and not (out/'hashes.json').is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f'{out}: exists and is no checkpoint; name a new folder')
+    return output_path(out, *inputs, folder=True)
+
 def give_away(
     model:SaxGPT, # from `load_model`
     out, # folder to make, or an older export
     dtype:torch.dtype=torch.float16, # of the kept weights
-    card:str=None, # a model card, where none lies there
+    card:bytes=None, # a model card, where none lies there
     backings:dict=None, # from `describe_backings`; what the model knows about them already when absent
 ):
     "Save a model without the trainer's part; raises `CheckpointError` where something else lies."
-    out, about = Path(out), model.about
-    if out.exists() and not (out/'hashes.json').is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f'{out}: exists and is no checkpoint; name a new folder')
-    card = (out/'README.md').read_bytes() if (out/'README.md').is_file() else card and card.encode()
+    out, about = _target(out), model.about
+    card = read_card(out) or card
     save_checkpoint(out, model, parse(RunConfig, about['config']), about, dtype=dtype, step=about['step'],
                     metrics=about['metrics'], backings=backings or about['backings'])
     if card: (out/'README.md').write_bytes(card)
@@ -268,8 +285,8 @@ def export_weights(
     dataset=None, # its training set, where its backings are to be described
 ):
     "Copy a checkpoint without the trainer's part."
+    out, backings = _target(out, checkpoint, dataset), None
     model, about = load_model(checkpoint)
-    backings = None
     if dataset: backings = describe_backings(dataset, about)
     give_away(model, out, dtype, backings=backings)
 
@@ -312,6 +329,7 @@ def link_checkpoint(
     "Give a checkpoint a second name without writing it again, where the disk can."
     with atomic_dir(folder) as tmp:
         for p in Path(source).iterdir():
+            if p.is_symlink(): continue                  # none that was saved has one, and it would be uploaded as what it leads to
             try: os.link(p, tmp/p.name)
             except OSError: shutil.copy2(p, tmp/p.name)
 

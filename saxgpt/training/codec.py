@@ -11,11 +11,11 @@ import json
 from pathlib import Path
 
 import librosa, numpy as np, torch
-from tqdm.auto import tqdm
 
 from ..audio import load_mono, log_mel
 from ..codec import check_target, CodecError, load_codec, log_mel_frames, MelCodec, MelSettings, nearest
 from ..config import command
+from ..words import bar
 
 # %% ../../nbs/04b_codec_training.ipynb #04b0a002
 def varied(
@@ -58,7 +58,7 @@ def training_frames(
 )->torch.Tensor: # (n',2M) float32, n' at most n
     "Log-mel frames drawn evenly from all files."
     tools, rng, out = MelCodec(torch.zeros(4, 1, 2*settings.n_mels), settings), np.random.default_rng(seed), []
-    for path in tqdm(wavs, desc='Frames', disable=not progress):
+    for path in bar(wavs, desc='Frames', disable=not progress):
         x = load_mono(path)[0]
         if rng.random() < .5:
             size, longer = min(int(STRETCH*32_000), len(x)), int(STRETCH*32_000*1.03) + 2
@@ -110,7 +110,7 @@ def fit_books(
     if len(x) < entries: raise CodecError(f'given {len(x)} frames for {entries} entries; fit on more recordings')
     rest, books, explained = x, [], []
     variance = (x - x.mean(0)).square().sum()
-    for k in tqdm(range(stages), desc='Codebooks', disable=not progress):
+    for k in bar(range(stages), desc='Codebooks', disable=not progress):
         books.append(kmeans(rest, entries, rounds, seed + k, None if start is None else start[k].float()).half().float())
         rest = rest - books[-1][assign(rest, books[-1])]
         explained.append(round(1 - (rest.square().sum()/variance).item(), 4))
@@ -167,7 +167,7 @@ def codec_figures(
 )->dict: # figures, as in the card in codec.json
     "Round trips over held-out recordings."
     distance, tune, used = {}, {}, [set() for _ in range(codec.n_codebooks)]
-    for folder in tqdm(list(map(Path, recordings)), desc='Round trips', disable=not progress):
+    for folder in bar(list(map(Path, recordings)), desc='Round trips', disable=not progress):
         notes = json.loads((folder/'truth.json').read_text())['notes']
         notes = [n | dict(start=n['start'] - offset, end=n['end'] - offset) for n in notes]
         for part in ('lead', 'backing'):
@@ -196,7 +196,7 @@ def fit_mel_codec(
     progress:bool=True, # show bars
 )->MelCodec:
     "Fit, measure and save the bundled codec; raises `CodecError`."
-    check_target(out)
+    out = check_target(out, corpus, held_out, start)
     first = load_codec(start) if start else None
     if first and (getattr(first, 'settings', None), first.cardinality) != (settings, entries):
         raise CodecError(f'{start}: is not mel-rvq with {entries} entries and {settings}; begin with one that is, or with none')

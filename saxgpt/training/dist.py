@@ -22,6 +22,8 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 from torch.nn.parallel import DistributedDataParallel
 
+from ..words import Said
+
 # %% ../../nbs/07c_distributed.ipynb #bc6715a4
 @dataclass(frozen=True)
 class World:
@@ -238,9 +240,7 @@ def leave(
     status:int=0, # of the process
 ):
     "End this process without ceremony."
-    for f in (sys.stdout, sys.stderr):
-        try: f.flush()
-        except (OSError, ValueError): pass
+    for name in ('stdout', 'stderr'): Said(name).flush()
     os._exit(status)
 
 def serve(

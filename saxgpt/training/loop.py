@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch.utils.data import default_collate
-from tqdm.auto import tqdm
 
 from ..codec import load_codec
 from ..config import RunConfig, parse, to_dict
 from ..data.dataset import CodesDataset, DatasetError, ResumableSampler, make_loader
-from ..files import Said, append_jsonl, locked, reason, replace_dir, say, sweep, write_tensors
+from ..files import append_jsonl, locked, open_own, output_path, reason, replace_dir, sweep, write_tensors
 from ..model.transformer import SaxGPT, next_step_loss, real_steps
 from ..remote import RemoteError, put
 from .budget import (compile_gain, has_bf16, keep_freed_memory, memory_gb, peak_flops,
@@ -31,6 +30,7 @@ from .listening import embed_vectors, forget_past, missed_at
 from .mirror import Mirror
 from .optim import Average, Schedule, make_optimizer
 from .sampling import own_codes, share_at
+from ..words import Said, bar, say
 
 # %% ../../nbs/07d_loop.ipynb #b13752de
 class TrainingError(ValueError):
@@ -641,6 +641,17 @@ def compile(self:Trainer,
         elif first: self.say(f'a compiled step is {gain:.2f} times as fast' + '; going on without'*(not self.compiled))
     if self.compiled: self.net = compiled
 
+# %% ../../nbs/07d_loop.ipynb #06eb4eec
+@patch
+def claim(self:Trainer):
+    "Try what will be written, before any work, against what is read."
+    read = [self.loader.dataset.path, self.val_loader and self.val_loader.dataset.path, self.cfg.data.test_path,
+            self.cfg.data.made_by, self.cfg.training.embeddings_from]
+    log, best = self.out/'metrics.jsonl', self.checkpoints/'best'
+    output_path(log, *read, named=False)
+    if log.exists(): open_own(log).close()
+    output_path(best, *read, named=False, folder=True)
+
 # %% ../../nbs/07d_loop.ipynb #d115f3d5
 @patch
 def steps(self:Trainer):
@@ -657,7 +668,7 @@ def steps(self:Trainer):
 def fit(self:Trainer)->int: # 0, or the signal that stopped the run
     "Train to the end, from wherever the output folder stands; `WriteError` if another run is at work there."
     with locked(self.out) if self.world.main else nullcontext():
-        if self.world.main: sweep(self.checkpoints); self.mirror.pull()
+        if self.world.main: self.claim(); sweep(self.checkpoints); self.mirror.pull()
         try: status = self.run()
         except Exception:
             try: self.mirror.close()
@@ -681,15 +692,15 @@ def run(self:Trainer)->int: # 0, or the signal that stopped the run
         self.stop = signum
         self.say(f'{signal.Signals(signum).name}: saving after this step (once more to leave at once)')
     live = Said().isatty()
-    with stop_signals(note), tqdm(total=self.total, initial=self.step, disable=not (t.use_pbar and self.world.main), unit='step',
-                                  dynamic_ncols=True, mininterval=.2 if live else 30, file=Said()) as bar:
+    with stop_signals(note), bar(total=self.total, initial=self.step, disable=not (t.use_pbar and self.world.main), unit='step',
+                                  dynamic_ncols=True, mininterval=.2 if live else 30) as shown:
         stopped = bool(self.val_due and self.check_up(*(self.names if self.step else ())))
         while not (self.over or stopped):
             for group,place in self.steps():
                 stopped = self.after_step(self.train_step(group, place))
-                bar.update(self.step - bar.n)
+                shown.update(self.step - shown.n)
                 known = dict(loss=self.last_loss, val=self.val)
-                bar.set_postfix({k: f'{v:.3f}' for k,v in known.items() if v is not None}, refresh=False)
+                shown.set_postfix({k: f'{v:.3f}' for k,v in known.items() if v is not None}, refresh=False)
                 if stopped or self.over: break
     if not (self.checkpoints/'last').exists(): self.save()              # there was nothing to do
     how = f'stopped after step {self.step} of {self.total}; the same command goes on' if stopped else f'finished at step {self.step}'

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..files import atomic_dir, content_hash, file_hash, is_name, reason, say
+from ..files import atomic_dir, content_hash, file_hash, is_name, reason
 from ..remote import RemoteError, RemoteMissing, cache, download, in_turn, is_remote, list_names, put, read_text, remove
 from .checkpoint import CheckpointError, link_checkpoint, verify
+from ..words import say
 
 # %% ../../nbs/07g_mirror.ipynb #e2ed466a
 AT = re.compile(r'at-(\d+)-[0-9a-f]{16}')

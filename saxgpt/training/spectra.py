@@ -10,14 +10,14 @@ import math
 from pathlib import Path
 
 import numpy as np, soundfile as sf, torch
-from tqdm.auto import tqdm
 
 from ..codec import CodecError, MelCodec, dequantize, load_codec, log_mel_frames, magnitudes, quantize
 from ..config import command
-from ..files import content_hash, read_tensors, write_tensors
+from ..files import content_hash, output_path, read_tensors, write_tensors
 from ..spectra import Spectra, load_spectra
 from .budget import has_bf16
 from .codec import codec_figures, corpus_wavs, varied
+from ..words import bar
 
 # %% ../../nbs/04d_spectra_training.ipynb #c6f0cd4a
 def excerpt(
@@ -57,7 +57,7 @@ def spectral_loss(
 
 WEIGHTS = torch.tensor([1., 8., 2.])
 
-# %% ../../nbs/04d_spectra_training.ipynb #58b39987
+# %% ../../nbs/04d_spectra_training.ipynb #8355410d
 def load_weights(
     net:Spectra, # filled in place
     start, # name or folder of a codec
@@ -67,6 +67,7 @@ def load_weights(
     try: net.load_state_dict(spectra.state_dict() if spectra else {})
     except RuntimeError: raise CodecError(f'{start}: has no network of this size to begin with; leave out --start') from None
 
+# %% ../../nbs/04d_spectra_training.ipynb #58b39987
 def fit_spectra(
     folder, # of a codec that `mel-rvq` has saved; gets the network
     corpus, # folder of a demo corpus
@@ -91,14 +92,15 @@ def fit_spectra(
     if start: load_weights(net, start)
     names, params = zip(*net.named_parameters())
     opt = torch.optim.AdamW(params, lr, betas=(.9, .99))
-    state, begun = folder.with_name(f'{folder.name}.spectra'), 0
+    output_path(folder, corpus, start, held_out, folder=True)
+    state, begun = output_path(folder.with_name(f'{folder.name}.spectra'), corpus, start, held_out, named=False), 0
     run = content_hash(codec.hash, [str(w) for w in wavs], steps, batch, seconds, channels, blocks, lr, seed, *([load_codec(start).voice] if start else []))
     if state.exists() and (found := read_tensors(state))[1].get('run') == run:
         begun = int(found[1]['step'])
         for n, p in zip(names, params):
             p.data.copy_(found[0][n])
             opt.state[p] = dict(step=torch.tensor(float(begun)), **{k: found[0][f'{n} {k}'].clone() for k in ('exp_avg', 'exp_avg_sq')})
-    for step in tqdm(range(begun, steps), initial=begun, total=steps, desc='Spectra', disable=not progress):
+    for step in bar(range(begun, steps), initial=begun, total=steps, desc='Spectra', disable=not progress):
         for g in opt.param_groups: g['lr'] = lr*min(1, (step + 1)/100)*(.02 + .49*(1 + math.cos(math.pi*step/steps)))
         rng = np.random.default_rng([seed, step])
         mel, want = zip(*(pair(codec, excerpt(wavs, seconds, rng)) for _ in range(batch)))
