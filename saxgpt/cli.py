@@ -12,7 +12,7 @@ from itertools import takewhile
 from types import FunctionType
 
 from . import __version__
-from .words import steady
+from .words import steady, tell
 
 # %% ../nbs/15_cli.ipynb #cf172ab5
 commands = dict(
@@ -88,5 +88,5 @@ def main(
         sys.exit(_fail(said))
 
 def _fail(text, status=2):
-    print(f'saxgpt: {text}', file=sys.stderr)
+    tell(f'saxgpt: {text}')
     return status

@@ -11,7 +11,7 @@ __all__ = ['CHUNK', 'HUSH_DB', 'HALF', 'ROUNDING', 'HUB_REPO', 'ENCODEC_32KHZ', 
            'exact', 'from_folder', 'fetch', 'load_codec']
 
 # %% ../nbs/04a_codec.ipynb #926e6d74
-import json, math, re, warnings
+import json, math, re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from .config import weights_dir
 from .files import atomic_dir, content_hash, output_path, read_weights, write_tensors
-from .packages import needs
+from .packages import needs, without_warnings
 from .spectra import Spectra, load_spectra
 
 # %% ../nbs/04a_codec.ipynb #65269953
@@ -416,8 +416,7 @@ def encodec_layers(
         ratios=list(c['upsampling_ratios']), norm=c['norm_type'], kernel_size=c['kernel_size'], last_kernel_size=c['last_kernel_size'],
         residual_kernel_size=c['residual_kernel_size'], dilation_base=c['dilation_growth_rate'], causal=c['use_causal_conv'],
         pad_mode=c['pad_mode'], true_skip=not c['use_conv_shortcut'], compress=c['compress'], lstm=c['num_lstm_layers'])
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)      # encodec uses torch's older weight_norm
+    with without_warnings(FutureWarning):                   # encodec uses torch's older weight_norm
         return nn.ModuleDict(dict(encoder=SEANetEncoder(**common), decoder=SEANetDecoder(**common, trim_right_ratio=c['trim_right_ratio']),
             quantizer=ResidualVectorQuantizer(c['hidden_size'], n_q=4, bins=c['codebook_size'], kmeans_init=False)))
 

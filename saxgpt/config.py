@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .files import expanded
 from .packages import broken_import
 from .remote import fetch, is_remote
-from .words import steady
+from .words import steady, tell
 
 # %% ../nbs/10_config.ipynb #88fe1b7f
 class ConfigError(ValueError):
@@ -443,7 +443,7 @@ def usage_errors(
         if said is None:
             if not isinstance(e, (ValueError, OSError, *more)): raise
             said = f'{e.filename}: {e.strerror}' if isinstance(e, OSError) and e.filename else str(e)
-        print(f'saxgpt: {said}', file=sys.stderr)
+        tell(f'saxgpt: {said}')
         raise SystemExit(2) from e
 
 # %% ../nbs/10_config.ipynb #eb4b8f07
@@ -455,7 +455,7 @@ def arguments(
     "fastcore's parser, with `--top-k` beside `--top_k` and mistakes told in one line."
     parser = anno_parser(func, prog)
     def error(message):
-        print(f'saxgpt: {message}; {parser.prog} --help lists what there is', file=sys.stderr)
+        tell(f'saxgpt: {message}; {parser.prog} --help lists what there is')
         raise SystemExit(2)
     parser.error = error
     for action in parser._actions:
@@ -483,5 +483,5 @@ def _run(func, short, frame):
     with usage_errors():
         try: func(**{k: expanded(v) for k, v in args.items()})
         except KeyboardInterrupt as e:
-            print(': '.join(['saxgpt: interrupted', *map(str, e.args)]), file=sys.stderr)
+            tell(': '.join(['saxgpt: interrupted', *map(str, e.args)]))
             raise SystemExit(130) from None

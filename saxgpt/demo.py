@@ -18,7 +18,7 @@ import numpy as np
 
 from .audio import SAMPLE_RATE, write_audio
 from .config import command, demo_backing, weights_dir
-from saxgpt.files import (atomic_dir, atomic_path, map_parallel, read_jsonl, write_jsonl,
+from saxgpt.files import (atomic_dir, atomic_path, map_parallel, read_json, read_jsonl, write_jsonl,
     write_text)
 from .music.arrangement import Clock, arrange, perform, play_track, tempo_map, timeline
 from .music.drums import drum
@@ -268,7 +268,7 @@ def _planned(seed, seconds, how): # what the truth will say of it, s
     return dict(settings=_plain(w)), beats*60/w['bpm']
 
 def _is_made(path, seed, planned): # whether a truth.json is that of this recording
-    try: old = json.loads(path.read_text())
+    try: old = read_json(path)
     except (OSError, ValueError): return False
     return all(old.get(k) == v for k, v in (planned | dict(seed=seed, version=VERSION)).items())
 

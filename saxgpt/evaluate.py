@@ -35,7 +35,7 @@ from .patterns import delay
 from .report import notes, report
 from .sampling import PLAYED, Sampler, check_settings, settled
 from .training.checkpoint import load_model
-from .words import bar
+from .words import bar, tell
 
 # %% ../nbs/09_evaluation.ipynb #990cf129
 @dataclass(frozen=True)
@@ -740,5 +740,5 @@ def main(
     except KeyboardInterrupt as e:
         clear_frames(e.__traceback__)                                      # ends the progress bars before anything is said
         raise KeyboardInterrupt(f'what is done is in {Path(output_dir)/"items"}; the same command goes on from there') from None
-    print(summary(results))
+    tell(summary(results), 'stdout')
     print(f'{Path(output_dir)/"results.json"}\n{Path(output_dir)/"report.html"}')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'WriteError', 'reason', 'atomic_path', 'replace_dir', 'atomic_dir', 'expanded', 'output_path', 'file_hash',
-           'content_hash', 'open_own', 'append_jsonl', 'read_jsonl', 'write_text', 'write_jsonl', 'printable',
+           'content_hash', 'open_own', 'append_jsonl', 'read_jsonl', 'read_json', 'write_text', 'write_jsonl',
            'is_name', 'read_table', 'read_manifest', 'prune', 'save_picture', 'write_tensors', 'read_tensors',
            'tensor_shapes', 'read_weights', 'sweep', 'locked', 'caught', 'safe_imports', 'Processes', 'map_parallel']
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from .packages import drawing
-from .words import bar, say
+from .words import bar, printable, say
 
 # %% ../nbs/10a_files.ipynb #f5c00fe7
 class WriteError(OSError): "An output that cannot be written; the message names it."
@@ -205,15 +205,28 @@ def append_jsonl(
             if f.read(1) != b'\n': f.write(b'\n')
         f.write(json.dumps(obj).encode() + b'\n')
 
-def read_jsonl(
-    path, # the log; an absent one is empty
-)->list: # its objects, torn lines left out
-    "Read a log, also while it is being written."
+def _whole_lines(path):
+    "What the lines of a log say, but for torn ones."
     path, out = Path(path), []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try: out.append(json.loads(line))
-        except ValueError: pass
+        except (ValueError, RecursionError): pass
     return out
+
+def read_jsonl(
+    path, # the log; an absent one is empty
+)->list: # its objects; torn lines, and what is no object, are left out
+    "Read a log, also while it is being written."
+    return [e for e in _whole_lines(path) if isinstance(e, dict)]
+
+def read_json(
+    path, # a file that holds one object
+)->dict:
+    "Read it; ValueError when it is damaged or holds something else."
+    try: d = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError): d = None
+    if not isinstance(d, dict): raise ValueError(f'{path}: damaged: it holds no JSON object; make or fetch it again')
+    return d
 
 # %% ../nbs/10a_files.ipynb #e0a2d9f4
 def write_text(
@@ -231,12 +244,6 @@ def write_jsonl(
 ):
     "Write objects as lines, see `write_text`."
     write_text(path, ''.join(json.dumps(o) + '\n' for o in objs))
-
-def printable(
-    s, # a title, a message: it may hold anything, line breaks too
-)->str:
-    "The same with a blank for each character that does not print: one line, and no tricks on a terminal."
-    return ''.join(c if c.isprintable() else ' ' for c in str(s))
 
 def is_name(
     s, # any value of a manifest
@@ -258,14 +265,17 @@ def read_table(
     *names, # columns that hold names of files or folders
 )->list: # of dicts, one for each row
     "Read a table; ValueError when a name in it is none."
-    with open(path, newline='') as f: return _checked(path, list(csv.DictReader(f)), 2, dict.fromkeys(names, is_name))
+    try:
+        with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    except (csv.Error, UnicodeDecodeError) as e: raise ValueError(f'{path}: is not the table that the stage before writes ({e}); run that stage again') from None
+    return _checked(path, rows, 2, dict.fromkeys(names, is_name))
 
 def read_manifest(
     path, # the manifest of a stage; an absent one is empty
     **kinds # what every line holds: key=type, or key=function that says whether a value will do
 )->list: # its lines
     "Read a manifest; ValueError when a line is not what its stage writes."
-    return _checked(path, read_jsonl(path), 1, kinds)
+    return _checked(path, _whole_lines(path), 1, kinds)
 
 def prune(
     folder, # of item folders

@@ -8,7 +8,7 @@ __all__ = ['BACKING_LUFS', 'PIECES', 'FAR', 'STRANGE_GUIDANCE', 'listen', 'sound
            'read_backing', 'read_truth', 'steps_bar', 'write_sound', 'write_plot', 'play', 'report', 'numbers', 'main']
 
 # %% ../nbs/08_generation.ipynb #252c5503
-import json, math, os, sys, time, warnings
+import json, math, os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,10 +20,11 @@ from tqdm import tqdm
 from .audio import SAMPLE_RATE, mix as mix_audio, normalize_loudness, plot_spectrogram, read_audio, resample, write_audio
 from .codec import check_codec, load_codec
 from .config import command, demo_backing
-from .files import output_path, printable, save_picture
+from .files import output_path, printable, read_json, save_picture
 from .metrics import chord_tone_share, code_counts, total_variation
 from .model.decoding import light as lighten, play_codes
 from .model.transformer import SaxGPT
+from .packages import without_warnings
 from .sampling import PLAYED, UNGUIDED, check_settings, settled
 from .training.checkpoint import load_model
 from .words import Said, say
@@ -179,13 +180,14 @@ def draw_chords(
     until:float, # Where the picture ends, s
 ):
     "Behind a line of pitches, the notes of every chord in every octave."
-    for i, c in enumerate(c for c in chords if c['start'] < until):
+    shown = [c for c in chords if c['start'] < until]
+    for i, c in enumerate(shown if len(shown) <= 10*until else ()):              # ten in a second are no chords
         a, b = c['start'], min(c['end'], until)
         ax.axvspan(a, b, color='#f3f3f3' if i % 2 else '#fafafa', lw=0, zorder=0)
         for m in (m for m in range(lo, hi) if m % 12 in c['tones']):
             root = m % 12 == c['tones'][0]
             ax.fill_between([a, b], m-.5, m+.5, color='#9ecae1' if root else '#d6e6f4', lw=0, zorder=1)
-        ax.text((a+b)/2, hi + .6, c['name'], ha='center', va='bottom', fontsize=7, rotation=90 if b-a < until/36 else 0)
+        ax.text((a+b)/2, hi + .6, c['name'], ha='center', va='bottom', parse_math=False, fontsize=7, rotation=90 if b-a < until/36 else 0)
 
 # %% ../nbs/08_generation.ipynb #9f7a1617
 def plot_solo(
@@ -251,24 +253,36 @@ def read_backing(
     if not truth and path.stem == 'backing': truth = read_truth(path.with_name('truth.json'))
     return path, x[:, :int(seconds*SAMPLE_RATE)] if seconds else x, truth
 
+def _plays(truth): # whether a truth.json says of chords and beats what pictures and measures can use
+    def number(v, low=-math.inf): return isinstance(v, (int, float)) and low < v < 1e9
+    def notes(v): return isinstance(v, list) and all(isinstance(t, int) and 0 <= t < 12 for t in v)
+    def times(v): return isinstance(v, list) and all(map(number, v)) and v == sorted(v)
+    def chord(c): return (isinstance(c, dict) and number(c.get('start')) and number(c.get('end'), c['start'])
+                          and isinstance(c.get('name'), str) and notes(c.get('tones')) and notes(c.get('scale', [])))
+    return (isinstance(truth.get('chords'), list) and all(map(chord, truth['chords']))
+            and times(truth.get('beats', [])) and times(list(truth.get('downbeats', [])))
+            and number(truth.get('bpm', 1), 0) and number(truth.get('swing', .5)) and number(truth.get('tuning', 0.)))
+
 def read_truth(
-    path, # A truth.json of the demo corpus, maybe
-) -> dict: # Empty if it is none
+    path, # a truth.json of the demo corpus, maybe
+) -> dict: # empty if it is none
     "What is known about a recording of the demo corpus."
-    try:
-        truth = json.loads(Path(path).read_text(encoding='utf-8'))
-        for c in truth['chords']: float(c['start']), float(c['end']), str(c['name']), [int(t) for t in c['tones']]
-        return truth
-    except (OSError, ValueError, TypeError, KeyError): return {}
+    if not Path(path).is_file(): return {}
+    try: truth = read_json(path)
+    except (OSError, ValueError): truth = {}
+    if _plays(truth): return truth
+    say(f'{path}: is not as the demo corpus has it; chords and beats are not taken from it')
+    return {}
 
 # %% ../nbs/08_generation.ipynb #87e5b120
 @contextmanager
 def steps_bar(
     frames:int, # Frames of 20 ms that a solo takes
+    show:bool=True, # Whether there is a bar
 ): # a function to call with the number of frames done
     "A progress bar that knows what a frame is in seconds of music."
     fmt, t0 = 'playing {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} frames{postfix}', time.time()
-    with tqdm(total=frames, bar_format=fmt, mininterval=.2, file=Said()) as bar:
+    with tqdm(total=frames, bar_format=fmt, mininterval=.2, disable=not show, file=Said()) as bar:
         def progress(done):
             bar.set_postfix_str(f'{done/50/max(time.time() - t0, 1e-3):.1f}x real time', refresh=False)
             bar.update(done - bar.n)
@@ -299,9 +313,7 @@ def write_plot(
         title, form = f'SaxGPT over {printable(name)}', truth.get('form', '')
         if truth: title += f': {"changes of its own" if form == "drawn" else form} in {truth.get("key", "")}, {truth.get("bpm", 0):.0f} bpm'
         plot_solo(solo, backing, truth.get('chords', ()), title, fig)
-    with warnings.catch_warnings():                                # letters that the font lacks, sounds shorter than a window
-        warnings.simplefilter('ignore')
-        return save_picture(path, draw)
+    with without_warnings(): return save_picture(path, draw)       # letters that the font lacks, sounds shorter than a window
 
 # %% ../nbs/08_generation.ipynb #068534d8
 def play(
@@ -317,6 +329,7 @@ def play(
     prompt=None, # Audio file that the solo begins with and goes on from
     light:bool=False, # With the lighter copy of the model
     compiled:bool=False, # With a compiled step, on a CPU
+    progress:bool=True, # Show a bar
     **settings, # temperature, top_k, top_p, guidance, density of `play_codes`; those that are absent as `settled`
 ) -> list: # (solo, mix, plot) paths for each solo; the plot is None where it could not be drawn
     "Play solos over a recording and write them, mixed and pictured too."
@@ -337,8 +350,8 @@ def play(
     if about['backings']:
         settings, line = notice_strange(distance_to_corpus(codec, x, about['backings']), about['backings'], settings, chosen)
         if line: say(line)
-    with steps_bar(math.ceil(x.shape[1]/codec.hop)) as progress:
-        solos = improvise(model, codec, x, [seed + i for i in range(n)], first, progress, compiled=compiled, **settings)
+    with steps_bar(math.ceil(x.shape[1]/codec.hop), progress) as advance:
+        solos = improvise(model, codec, x, [seed + i for i in range(n)], first, advance, compiled=compiled, **settings)
     cut, x = solos.shape[1] < x.shape[1], x[:, :solos.shape[1]]
     for row, solo in zip(paths, solos): write_sound(*row[:2], solo[None], x)
     name = 'the demo backing' if str(backing) == 'demo' else src.name

@@ -21,7 +21,7 @@ from fastcore.script import Param
 from .config import ConfigError, RunConfig, command, load_config
 from .files import atomic_path, output_path
 from .packages import drawing, needs
-from .words import Said, say
+from .words import Said, lines, say, tell
 
 # %% ../nbs/07e_monitor.ipynb #2b78cec1
 def number(
@@ -401,7 +401,7 @@ def follow(
 def show_table(run:Run):
     "The table in the place of the last one, where there is a screen."
     screen = Said('stdout').isatty()
-    text = table(run) if state(run) != 'waiting' else f'waiting for {run.path} (Ctrl-C ends)'
+    text = lines(table(run)) if state(run) != 'waiting' else f'waiting for {run.path} (Ctrl-C ends)'
     if screen:
         width = shutil.get_terminal_size().columns
         text = '\033[H\033[J' + '\n'.join(l[:width] if l.startswith(' ') else l for l in text.splitlines())
@@ -488,7 +488,7 @@ def main(
     if live: return live_window(folder, every)
     run = read_run(folder)
     if not run.end: raise ConfigError(f'{run.path}: there is none, or it is empty; train first, or name the folder with --dir')
-    if not plot: return print(table(run))
+    if not plot: return tell(table(run), 'stdout')
     if not (len(run.train) or len(run.val)): raise ConfigError(f'{run.path}: nothing to draw, no loss is logged yet; no picture was written')
     path = output_path(output, run.path)
     data = picture(run, Path(output).suffix[1:] or 'png', 150)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'MORE', 'installed', 'requirements', 'fits', 'pip', 'misfits', 'cause', 'PackageError', 'needs',
-           'broken_import', 'drawing', 'writable', 'lend_caches']
+           'broken_import', 'without_warnings', 'drawing', 'writable', 'lend_caches']
 
 # %% ../nbs/10c_packages.ipynb #72e93946
 import atexit, logging, os, shlex, shutil, sys, tempfile, threading
@@ -191,6 +191,16 @@ def _matplotlib():
         finally: os.chdir(here)
     finally: log.setLevel(level)
     return matplotlib
+
+@contextmanager
+def without_warnings(
+    kind:type=Warning, # the warnings that are not shown
+):
+    "Do without warnings, one thread at a time: Python's filters belong to the whole process."
+    import warnings
+    with _one_at_a_time, warnings.catch_warnings():
+        warnings.simplefilter('ignore', kind)
+        yield
 
 @contextmanager
 def drawing(

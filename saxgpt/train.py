@@ -14,6 +14,7 @@ from .config import ConfigError, RunConfig, command, load_config
 from .training.budget import report_batch
 from .training.dist import PeerError, ProcessError, cluster, launch, leave, pick_device
 from .training.loop import half_type, train, window_steps
+from .words import tell
 
 # %% ../nbs/07_training.ipynb #81f25e14
 def run(
@@ -32,10 +33,10 @@ def run(
     except SignalException as e: status = int(e.sigval)
     except ProcessError as e:
         known = e.kind.split('.')[-1] in ('TrainingError', 'DatasetError', 'ConfigError', 'CheckpointError', 'RemoteError', 'WriteError')
-        print(e.stack * (not known and 'PeerError' not in e.kind) + f'saxgpt: {e}', file=sys.stderr)
+        tell(e.stack * (not known and 'PeerError' not in e.kind) + f'saxgpt: {e}')
         return 2 if known else 1
     except PeerError as e:
-        print(f'saxgpt: {e}', file=sys.stderr)
+        tell(f'saxgpt: {e}')
         return 1
     return 128 + status if status else 0
 

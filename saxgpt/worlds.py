@@ -29,7 +29,7 @@ from .music.recording import KINDS
 from .music.world import make_pool
 from .sampling import settled
 from .training.checkpoint import load_model
-from .words import bar
+from .words import bar, tell
 
 # %% ../nbs/09f_worlds.ipynb #73fdaa3a
 HELD_BACK = dict( # use -> feels and bands that training never has
@@ -222,5 +222,5 @@ def main(
     try: result = measure_worlds(worlds, checkpoint, out, n, seconds, seed, device_name(cuda))
     except KeyboardInterrupt: raise KeyboardInterrupt(f'what is done is in {out/"items"}; the same command goes on from there') from None
     write_text(out/'worlds.json', json.dumps(result, indent=1) + '\n')
-    print(as_table(result))
+    tell(as_table(result), 'stdout')
     save_picture(out/'worlds.png', lambda fig: plot_worlds({str(checkpoint): result}, fig))

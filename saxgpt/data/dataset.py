@@ -174,6 +174,7 @@ class CodesDataset(Dataset):
             self.backing, self.lead, (self.offsets, self.clips) = tensors['backing'], tensors['lead'], _places(tensors, meta)
             least, self.seq_len, self.stride = int(meta['padding_idx']), seq_len or int(meta['seq_len']), stride or int(meta['stride'])
             self.fingerprint = {k: meta[k] for k in ('codec_name', 'codec_hash')}
+            if max(least, int(meta['seq_len']), int(meta['stride'])) > 2**31 or not 0 < float(meta.get('frame_rate', 50)) < 2**31: raise ValueError
         except KeyError as e: raise DatasetError(f'{self.path}: has no {e}; it is not a dataset of the pipeline') from None
         except _BROKEN: raise DatasetError(f'{self.path}: damaged: offsets, clips or settings make no sense; make it again') from None
         if min(self.seq_len, self.stride) < 1:
