@@ -9,7 +9,7 @@ __all__ = ['BACKING_LUFS', 'PIECES', 'FAR', 'STRANGE_GUIDANCE', 'listen', 'sound
 
 # %% ../nbs/08_generation.ipynb #252c5503
 import json, math, os, sys, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import librosa, numpy as np, torch
@@ -356,7 +356,9 @@ def report(
     "Where the solos are and how to go on."
     for what, p in ((w, p) for row in paths for w, p in zip(('solo', 'mix', 'picture'), row) if p): print(f'{what:8} {p}')
     print(f'Done in {took:.0f} s. Other solos: --seed {seed}, several at once: --n 3, more weight on the backing: --guidance 3.')
-    here = f'{os.path.relpath(sys.executable)} -m saxgpt.generate' if Path(sys.executable).is_relative_to(Path.cwd()) else 'saxgpt generate'
+    here = 'saxgpt generate'
+    with suppress(OSError, ValueError, TypeError):                  # no current folder, another drive, no program
+        if Path(sys.executable).is_relative_to(Path.cwd()): here = f'{os.path.relpath(sys.executable)} -m saxgpt.generate'
     print(f'Over your own recording, any format:  {here} my-track.mp3 -o out/my-solo.wav')
 
 # %% ../nbs/08_generation.ipynb #8fa7de5f
