@@ -44,7 +44,7 @@ def _writing(path):
 
 # %% ../nbs/10a_files.ipynb #68d40740
 def _aside(path, mark='-'):
-    "A place for what is to be `path`, or was: a new folder beside it, in which it has its own name."
+    "A place for what is to be `path`, or was: in a new folder beside it, under its own name."
     folder = path.with_name(f'.{os.getpid()}-{os.urandom(3).hex()}{mark}')
     folder.mkdir()
     return folder/path.name
@@ -116,7 +116,8 @@ def expanded(
     if isinstance(value, (list, tuple)): return type(value)(map(expanded, value))
     if not isinstance(value, str): return value
     full = os.path.expanduser(value)
-    if full.split('/')[0] == '~': raise ValueError(f'{value}: this user has no home folder; set HOME, or give the whole path')
+    if full.split('/')[0] == '~':
+        raise ValueError(f'{value}: this user has no home folder; set HOME, or give the whole path')
     return full
 
 # %% ../nbs/10a_files.ipynb #13675a97
@@ -126,7 +127,8 @@ def _replaces(path, source, folder):
     "Whether making `path` would take away something of `source`, a file or a folder that is read."
     source = Path(source)
     if folder: return any(_same(path, p) for p in (source, *source.resolve().parents))
-    return os.path.exists(path) and any(_same(path, p) for p in ([source, *source.rglob('*')] if source.is_dir() else [source]))
+    files = [source, *source.rglob('*')] if os.path.exists(path) and source.is_dir() else [source]
+    return any(_same(path, p) for p in files)
 
 def output_path(
     path, # a file to make or to replace
@@ -134,15 +136,17 @@ def output_path(
     named:bool=True, # whether a person gave this name; False: it follows from another
     folder:bool=False, # whether it is a folder that is made or replaced
 )->Path: # where to write it
-    "Try before the work whether an output can be written; `WriteError` where it cannot, or would replace an input."
-    path = Path(path)
+    "Try before the work whether an output can be written, and replaces no input; or `WriteError`."
+    path, other = Path(path), 'give the output another name'
     if named and os.path.islink(path): path = Path(os.path.realpath(path))
-    if os.path.islink(path): raise WriteError(f'{path}: is a link, and not one that was named as an output; remove it')
+    if os.path.islink(path):
+        raise WriteError(f'{path}: is a link, and not one that was named as an output; remove it')
     if any(_replaces(path, p, folder) for p in inputs if p is not None):
-        raise WriteError(f'{path}: is read by the same command and would be lost; give the output another name')
+        raise WriteError(f'{path}: is read by the same command and would be lost; {other}')
     there, is_folder = os.path.exists(path), os.path.isdir(path)
     if there and not (is_folder if folder else os.path.isfile(path)):
-        raise WriteError(f'{path}: is {"a folder" if is_folder else "no folder" if folder else "no file"}; give the output another name')
+        what = 'a folder' if is_folder else 'no folder' if folder else 'no file'
+        raise WriteError(f'{path}: is {what}; {other}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         trial = _aside(path)
@@ -150,7 +154,7 @@ def output_path(
         finally: shutil.rmtree(trial.parent, ignore_errors=True)
     except OSError as e:
         why = 'a folder in it is a file' if e.errno in (errno.EEXIST, errno.ENOTDIR) else _reason(e)
-        raise WriteError(f'{path}: cannot be written ({why}); give another name or folder') from None
+        raise WriteError(f'{path}: cannot be written ({why}); {other} or folder') from None
     return path
 
 # %% ../nbs/10a_files.ipynb #9773e297
@@ -183,12 +187,14 @@ def open_own(
 ): # the file, made when absent, open to read and append
     "Open a file that is no link, hard or symbolic, and nothing but a file; raises `WriteError`."
     no = f'{path}: is a link, or no file, so that something else would be written to; remove it'
-    try: fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0), 0o666)
+    careful = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)         # not on Windows
+    try: fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | careful, 0o666)
     except OSError as e:
         if e.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO): raise WriteError(no) from None
         raise
     about = os.fstat(fd)
-    if stat.S_ISREG(about.st_mode) and about.st_nlink <= 1 and not os.path.islink(path): return open(fd, 'ab+', buffering)
+    own = stat.S_ISREG(about.st_mode) and about.st_nlink <= 1 and not os.path.islink(path)
+    if own: return open(fd, 'ab+', buffering)
     os.close(fd)
     raise WriteError(no)
 
@@ -298,7 +304,8 @@ def save_picture(
             draw(fig := Figure())
             fig.savefig(p, dpi=110)
         return True
-    except Exception as e: say(f'{path}: no picture, {printable(reason(e))[:200]}; all else is written')
+    except Exception as e:
+        say(f'{path}: no picture, {printable(reason(e))[:200]}; all else is written')
     return False
 
 # %% ../nbs/10a_files.ipynb #981f43f0
@@ -397,7 +404,8 @@ def sweep(
         if not (m := _LEFTOVER.fullmatch(p.name)): name or sweep(p)
         elif not name or {q.name for q in p.iterdir()} <= {name}:
             for q in p.iterdir():
-                if m[1] == '+' and not os.path.lexists(p.with_name(q.name)): os.replace(q, p.with_name(q.name))
+                back = p.with_name(q.name)
+                if m[1] == '+' and not os.path.lexists(back): os.replace(q, back)
             shutil.rmtree(p)
 
 @contextmanager
@@ -498,7 +506,8 @@ def map_parallel(
     here = isinstance(n_jobs, int) and (n_jobs <= 1 or len(items) < 2)
     results = ((n, caught(fn, i)) for n, i in enumerate(items)) if here else (Processes(n_jobs) if isinstance(n_jobs, int) else n_jobs).imap(fn, items)
     sizes, heard = [size(i) for i in items] if size else [1]*len(items), 0
-    with bar(total=round(sum(sizes)), desc=desc, disable=desc is None, unit=' s' if size else 'it') as shown:
+    unit = ' s' if size else 'it'
+    with bar(total=round(sum(sizes)), desc=desc, disable=desc is None, unit=unit) as shown:
         for n, r in results:
             if isinstance(r, WriteError): raise r
             done[n], heard = r, heard + sizes[n]

@@ -9,7 +9,7 @@ __all__ = ['BACKING_LUFS', 'PIECES', 'FAR', 'STRANGE_GUIDANCE', 'listen', 'sound
 
 # %% ../nbs/08_generation.ipynb #252c5503
 import json, math, os, sys, time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import librosa, numpy as np, torch
@@ -227,16 +227,19 @@ def out_paths(
     plot=None, # Where the picture goes; None: beside it
     n:int=1, # Solos
 ) -> list: # (solo, mix, plot) for each solo
-    "Names of all files to write; several solos are numbered, and a name that follows from a long one is cut."
+    "Names of all files to write; several solos are numbered, and what follows from a long name is cut."
     if n < 1: raise ValueError(f'n must be 1 or more, not {n}')
     out, rows = Path(out), []
     for i in range(n):
-        def name(p, tail=None):
-            stem, tail = p.stem, (f'-{i+1:0{len(str(n))}}' if n > 1 else '') + (p.suffix if tail is None else tail)
-            while stem and tail != p.suffix and len(os.fsencode(stem + tail)) > 255: stem = stem[:-1]
-            return p.with_name(stem + tail)
-        rows.append((name(out), name(Path(mix)) if mix else name(out, f'-mix{out.suffix}'), name(Path(plot)) if plot else name(out, '.png')))
-    if len({os.path.realpath(p) for row in rows for p in row}) < 3*n: raise ValueError(f'{out}: solo, mix and picture need names of their own')
+        number = f'-{i+1:0{len(str(n))}}' if n > 1 else ''
+        def name(given, tail=None): # as it was given, or `out` with another tail
+            p = Path(given or out)
+            stem, end = p.stem, number + (p.suffix if given else tail)
+            while stem and end != p.suffix and len(os.fsencode(stem + end)) > 255: stem = stem[:-1]
+            return p.with_name(stem + end)
+        rows.append((name(out), name(mix, f'-mix{out.suffix}'), name(plot, '.png')))
+    if len({os.path.realpath(p) for row in rows for p in row}) < 3*n:
+        raise ValueError(f'{out}: solo, mix and picture need names of their own')
     for p in rows[0]:
         kinds = '.png .svg .pdf .jpg' if p is rows[0][2] else '.wav .flac .ogg .opus .mp3'
         if p.suffix.lower() not in kinds.split(): raise ValueError(f'{p}: give it one of the endings {kinds}')
@@ -311,7 +314,8 @@ def write_plot(
     solo, backing = (normalize_loudness(x)[:, :60*SAMPLE_RATE] for x in (solo, backing))
     def draw(fig):
         title, form = f'SaxGPT over {printable(name)}', truth.get('form', '')
-        if truth: title += f': {"changes of its own" if form == "drawn" else form} in {truth.get("key", "")}, {truth.get("bpm", 0):.0f} bpm'
+        if form == 'drawn': form = 'changes of its own'
+        if truth: title += f': {form} in {truth.get("key", "")}, {truth.get("bpm", 0):.0f} bpm'
         plot_solo(solo, backing, truth.get('chords', ()), title, fig)
     with without_warnings(): return save_picture(path, draw)       # letters that the font lacks, sounds shorter than a window
 
@@ -343,10 +347,11 @@ def play(
     src, x, truth = read_backing(backing, seconds)
     first = None if prompt is None else read_audio(prompt, SAMPLE_RATE, mono=True)[0]
     if first is not None and first.shape[1] >= x.shape[1]: raise ValueError(f'{prompt}: is as long as the backing, which leaves nothing to play')
-    inputs, named = (src, src.with_name('truth.json'), prompt, checkpoint, codec), (n == 1, n == 1 and mix, n == 1 and plot)
+    inputs = src, src.with_name('truth.json'), prompt, checkpoint, codec
+    named = [n == 1 and bool(p) for p in (out, mix, plot)]                # the others follow from `out`
     codec = load_codec(codec or about['codec_name'], device=model.null.device)
     check_codec(codec.fingerprint(), about, f'checkpoint {checkpoint}')
-    paths = [tuple(output_path(p, *inputs, named=bool(k)) for p, k in zip(row, named)) for row in paths]
+    paths = [[output_path(p, *inputs, named=k) for p, k in zip(row, named)] for row in paths]
     if about['backings']:
         settings, line = notice_strange(distance_to_corpus(codec, x, about['backings']), about['backings'], settings, chosen)
         if line: say(line)
@@ -355,9 +360,11 @@ def play(
     cut, x = solos.shape[1] < x.shape[1], x[:, :solos.shape[1]]
     for row, solo in zip(paths, solos): write_sound(*row[:2], solo[None], x)
     name = 'the demo backing' if str(backing) == 'demo' else src.name
-    paths = [(*row[:2], row[2] if write_plot(row[2], solo[None], x, truth, f'{name}, seed {seed + i}') else None)
+    drawn = [write_plot(row[2], solo[None], x, truth, f'{name}, seed {seed + i}')
              for i, (row, solo) in enumerate(zip(paths, solos))]
-    if cut: raise KeyboardInterrupt(f'the first {x.shape[1]/SAMPLE_RATE:.1f} s are kept: {", ".join(str(p) for row in paths for p in row if p)}')
+    paths = [(*row[:2], row[2] if d else None) for row, d in zip(paths, drawn)]
+    kept = ', '.join(str(p) for row in paths for p in row if p)
+    if cut: raise KeyboardInterrupt(f'the first {x.shape[1]/SAMPLE_RATE:.1f} s are kept: {kept}')
     return paths
 
 # %% ../nbs/08_generation.ipynb #562b7ab5
@@ -367,9 +374,14 @@ def report(
     seed:int, # One that has not been played yet
 ): # prints
     "Where the solos are and how to go on."
-    for what, p in ((w, p) for row in paths for w, p in zip(('solo', 'mix', 'picture'), row) if p): print(f'{what:8} {p}')
+    for row in paths:
+        for what, p in zip(('solo', 'mix', 'picture'), row):
+            if p: print(f'{what:8} {p}')
     print(f'Done in {took:.0f} s. Other solos: --seed {seed}, several at once: --n 3, more weight on the backing: --guidance 3.')
-    here = f'{os.path.relpath(sys.executable)} -m saxgpt.generate' if Path(sys.executable).is_relative_to(Path.cwd()) else 'saxgpt generate'
+    here = 'saxgpt generate'
+    with suppress(OSError, ValueError, TypeError):       # no current folder, another drive, no program
+        program, near = os.path.relpath(sys.executable), Path(sys.executable).is_relative_to(Path.cwd())
+        if near: here = f'{program} -m saxgpt.generate'
     print(f'Over your own recording, any format:  {here} my-track.mp3 -o out/my-solo.wav')
 
 # %% ../nbs/08_generation.ipynb #8fa7de5f

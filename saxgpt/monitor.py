@@ -414,7 +414,7 @@ def live_window(
     every:float=5., # seconds
 ):
     "Curves in a window that follows the run, until it is closed."
-    with needs('matplotlib'): import matplotlib.pyplot as plt
+    with needs('matplotlib'), drawing(): import matplotlib.pyplot as plt
     run, fig = Run(folder), plt.figure(figsize=(11, 5.5), layout='constrained')
     if not fig.canvas.required_interactive_framework:
         plt.close(fig)

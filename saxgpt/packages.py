@@ -206,10 +206,11 @@ def without_warnings(
 def drawing(
     style:dict={}, # settings of matplotlib
 ):
-    "Draw with matplotlib as it comes, whatever the user or the current folder has set for other plots."
+    "Draw with matplotlib as it comes, whatever the user or the current folder has set."
     with _one_at_a_time:
         mpl = _matplotlib()
-        with mpl.rc_context({k: v for k, v in mpl.rcParamsDefault.items() if k != 'backend'} | style): yield
+        plain = {k: v for k, v in mpl.rcParamsDefault.items() if k != 'backend'}
+        with mpl.rc_context(plain | style): yield
 
 # %% ../nbs/10c_packages.ipynb #b2d05f81
 def writable(

@@ -134,12 +134,13 @@ def _missing(cfg, failed): # recordings that stems need and that tidying removed
     return gone
 
 def _apart(cfg, folders):
-    "Refuse outputs that are inputs"
+    "Where the table goes; refuses outputs that are inputs"
     codec = [p for p in (cfg.codec, cfg.demucs.repo) if p]
     for f, c in itertools.product(folders, codec):
         if os.path.exists(f) and os.path.exists(c) and os.path.samefile(f, c): raise WriteError(
-            f'{f}: holds {c} too, which is read and would be taken for the files of a stage; give it a folder of its own')
-    output_path(cfg.data_paths.metadata_path, *codec, cfg.source, cfg.download.cookies, *([cfg.url] if isinstance(cfg.url, str) else cfg.url or ()))
+            f'{f}: holds {c} too, which is read, not made by a stage; give it a folder of its own')
+    lists = [cfg.url] if isinstance(cfg.url, str) else cfg.url or ()
+    return output_path(cfg.data_paths.metadata_path, *codec, cfg.source, cfg.download.cookies, *lists)
 
 def run_pipeline(cfg:DataConfig, device:str='cpu',
                  only:str=None, # one stage, all when absent
@@ -154,10 +155,10 @@ def run_pipeline(cfg:DataConfig, device:str='cpu',
         outcomes.append(Outcome(only, notes=[SAME], skipped=True))
         return outcomes
     folders = [v for k,v in to_dict(cfg.data_paths).items() if k != 'metadata_path']
-    _apart(cfg, folders)
+    target = _apart(cfg, folders)
     with locked(*folders):
         if n_jobs != 1: import librosa.core.audio, librosa.core.pitch, librosa.util.utils
-        sweep(Path(cfg.data_paths.metadata_path).parent, Path(cfg.data_paths.metadata_path).name)
+        sweep(target.parent, target.name)
         while todo:
             name = todo.pop(0)
             o = run_stage(name, cfg, device, n_jobs=n_jobs, progress=progress, separator=separator)

@@ -20,7 +20,7 @@ class Said:
 
     def _do(self, what, *args):
         try: return getattr(self._to(), what)(*args)
-        except (OSError, ValueError, AttributeError) as e: # gone, full; closed, or without a letter; None
+        except (OSError, ValueError, AttributeError) as e:     # gone, full; closed, without a letter; None
             if self.stream and isinstance(e, OSError) and not self.gone: self._lose(e)
             return 0
 
@@ -30,7 +30,8 @@ class Said:
         self.gone = True
         try: os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         except (OSError, ValueError): return
-        if e.errno != errno.EPIPE: print(f'saxgpt: standard output: {e.strerror}; what was said is lost', file=sys.stderr)
+        lost = f'saxgpt: standard output: {e.strerror}; what was said is lost'
+        if e.errno != errno.EPIPE: print(lost, file=sys.stderr)
 
     def write(self, text): return self._do('write', text)
     def flush(self): self._do('flush')

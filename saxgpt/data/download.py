@@ -308,7 +308,8 @@ def resolve(self:Web, item:dict)->dict: # of yt-dlp's: a video, or a list, which
 def download(self:Web, info:dict, name:str)->Path: # the file
     "Fetch a video's audio to `fetched/NAME.FORMAT.EXT`, going on with what is there of it"
     if info.get('is_live') or info.get('live_status') in ('is_live', 'is_upcoming'): raise SourceError('is a broadcast, no recording yet')
-    for p in self.folder.glob(f'{name}.*'): p.is_symlink() and p.unlink() # planted: yt-dlp would write to what it leads to
+    for p in self.folder.glob(f'{name}.*'):
+        if p.is_symlink(): p.unlink()                          # yt-dlp would write to what it leads to
     parts = list(self.folder.glob(f'{name}.*.part'))
     def go(): # yt-dlp writes into what it is given
         own = dict(saxgpt=name) | ({'formats': [dict(f) for f in info['formats']]} if info.get('formats') else {})

@@ -195,7 +195,7 @@ def read_card(
     "The model card; a link that leads elsewhere may be no text that anybody wants to publish."
     card = Path(folder)/'README.md'
     if os.path.islink(card) and not card.resolve().is_relative_to(Path(root or folder).resolve()):
-        raise CheckpointError(f'{card}: is a link out of the checkpoint, and is not taken for its card; put the text there')
+        raise CheckpointError(f'{card}: is a link out of the checkpoint, and no card of it; put the text there')
     return card.read_bytes() if card.is_file() else None
 
 def load_model(
@@ -218,7 +218,7 @@ def load_model(
     load_weights(model, folder)
     if 'backings.json' in hashes: about['backings'] = read_backings(folder, model.cfg.vocab_size - 1)
     model.about, model.card = about, None
-    try: model.card = read_card(folder, folder.parents[1] if far else folder)    # the hub's cache holds links into its blobs
+    try: model.card = read_card(folder, folder.parents[1] if far else folder)  # the hub's are links
     except CheckpointError as e: say(str(e))
     return laid_out(model.float().to(device).eval()), about
 
@@ -329,7 +329,7 @@ def link_checkpoint(
     "Give a checkpoint a second name without writing it again, where the disk can."
     with atomic_dir(folder) as tmp:
         for p in Path(source).iterdir():
-            if p.is_symlink(): continue                  # none that was saved has one, and it would be uploaded as what it leads to
+            if p.is_symlink(): continue      # none that we saved; what it leads to would be uploaded
             try: os.link(p, tmp/p.name)
             except OSError: shutil.copy2(p, tmp/p.name)
 
