@@ -275,7 +275,8 @@ class Survey:
     def polarity(self): # (C,1) of 1 and -1
         mean = self.sum/max(1, self.n)
         cov = self.products/max(1, self.n) - np.outer(mean, mean)
-        signs = np.where(cov[np.argmax(cov.diagonal())] < 0, -1, 1)
+        loud = np.argmax(cov.diagonal() >= cov.diagonal().max()/2)          # the first of those that are loud
+        signs = np.where(cov[loud] < 0, -1, 1)
         return np.where(cov.mean() < cov.diagonal().mean()/16, signs, 1)[:, None].astype('f4')
 
     @property
