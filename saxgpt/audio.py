@@ -45,6 +45,7 @@ def _av_blocks(
     with av.open(f, options={'protocol_whitelist': 'none'}) as c:
         if not c.streams.audio or not c.streams.audio[0].codec_context: return     # silent film, or no decoder
         st, of, resampler, first = c.streams.audio[0], None, None, None
+        told.sr = st.rate or 0
         for packet in _packets(c, st):
             try: frames = packet.decode()
             except av.error.FFmpegError:
@@ -179,16 +180,17 @@ def is_recording(
     path, # anything that a folder may hold
 )->bool:
     "Whether this is a file with sound, by its content; a file that cannot be decoded is one if its name says so."
-    path, told = Path(path), SimpleNamespace(raw=False)
+    path, told, seen = Path(path), SimpleNamespace(), 0
     claims = path.suffix.lower()[1:] in CLAIMS
     if not path.is_file(): return claims and not path.exists()             # a link to nothing is missed by name
     try:
         with open(path, 'rb') as f:
             start, stop = after_tags(f, 0, path.stat().st_size), path.stat().st_size
             if begins(f, start) and begins(f, start).__name__ in ('_chunked', '_flac', '_wavpack', '_tta'): return True
-            for n, _ in enumerate(_blocks(Window(f, Part(start, stop)), told)):
-                if n == 20: break
-        return claims or told.sr > 0 and not told.errors
+            for _ in _blocks(Window(f, Part(start, stop)), told):
+                seen += 1
+                if seen == 20: break
+        return claims or seen > 0 and not told.errors
     except Exception: return claims
 
 # %% ../nbs/11_audio.ipynb #b60d0d8a
