@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from ..audio import AudioError, SILENT, is_recording, probe
+from ..audio import AudioError, SILENT, is_recording, probe, same_sound
 from ..config import ConfigError, DataConfig, DownloadConfig
 from ..files import FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash, map_parallel, printable, read_jsonl, reason, write_jsonl
 from ..packages import needs
@@ -86,7 +86,7 @@ def _asked_of_owner(rec):
     if rec.kind == 'stems' and len(names) < 2: raise SourceError(f'{rec.files[0][1]}: a lead without anything beside it to be its backing')
 
 def _check(rec):
-    "Seconds of a recording, and a hash of its sound; all files are decoded to their end and have to agree."
+    "Seconds of a recording, and the fingerprint of each file; all are decoded to their end and have to agree."
     heard = {n: probe(p) for n,p in rec.files}
     seconds = {n: h['seconds'] for n,h in heard.items()}
     if max(seconds.values()) - min(seconds.values()) > .25:
@@ -94,7 +94,7 @@ def _check(rec):
     for part in [['lead'], [n for n in heard if n != 'lead']] if rec.kind == 'stems' else [['mix']]:
         if max(heard[n]['peak'] for n in part) < SILENT: raise SilentError(
             f'{dict(rec.files)[part[0]]}: silent, nothing in it is above -70 dBFS' + ('; it is all of the backing' if part[0] not in ('lead', 'mix') else ''))
-    return min(seconds.values()), content_hash([*heard], *[h['sound'].encode() for h in heard.values()])
+    return min(seconds.values()), {n: h['fingerprint'] for n,h in heard.items()}
 
 # %% ../../nbs/00_data_download.ipynb #2028d67b
 def _utf8(s): return s.encode(errors='replace').decode()
@@ -468,12 +468,18 @@ def _online(cfg, urls, progress):
     return web.found, web.failed, _notes(web.log.warnings)
 
 # %% ../../nbs/00_data_download.ipynb #b7eac328
+def _same(a, b):
+    "Whether two entries are one performance."
+    if a['id'] == b['id']: return True
+    x, y = a.get('sound') or {}, b.get('sound') or {}
+    return x.keys() == y.keys() and len(x) > 0 and all(same_sound(x[k], y[k]) for k in x)
+
 def _named(names, n=20): return ', '.join(_shown(x) for x in names[:n]) + (f' and {len(names)-n} more' if len(names) > n else '')
 
 def run(cfg:DataConfig, device='cpu',
         n_jobs=1, progress:bool=False)->dict: # done: ids, failed and dropped: {title: reason}, n_in, hours, made (in this run), notes
     "Put every recording of the source and of the addresses into `dl_dir` and write its `manifest.jsonl`"
-    out, entries, failed, dropped, notes, sounds, silent = Path(cfg.data_paths.dl_dir), {}, {}, {}, [], {}, 0
+    out, entries, failed, dropped, notes, silent = Path(cfg.data_paths.dl_dir), {}, {}, {}, [], 0
     recs, urls, left = [], addresses(cfg.url), []
     if cfg.source: source, stages = _source(cfg); recs = find_recordings(source, cfg.demucs.lead, stages, left)
     if not cfg.source and not urls:
@@ -486,8 +492,8 @@ def run(cfg:DataConfig, device='cpu',
     if urls: online, refused, notes = _online(cfg, urls, progress); found += online; failed |= refused
     before = {e['id'] for e in read_jsonl(out/'manifest.jsonl')}
     for e in sorted(found, key=lambda e: (e['id'] not in before, e['id'])):                # what had its place keeps it
-        first = sounds.setdefault(e.get('sound') or e['id'], e)
-        if first is e: entries[e['id']] = e
+        first = next((f for f in entries.values() if _same(f, e)), None)
+        if first is None: entries[e['id']] = e
         else: dropped[_shown(e['title'], 300)] = f'the same sound as {_shown(first["title"])}'
     if left: notes = [*notes, f'no recordings, left out: {_named(left)}']
     if not found and not failed and not dropped: raise ConfigError(f'source: no audio files in {cfg.source or ", ".join(urls)}')
