@@ -270,7 +270,8 @@ class Survey:
     @property
     def offset(self): # (C,1)
         mean = self.sum/max(1, self.n)
-        return np.where((np.abs(mean) > OFFSET) & (self.n >= self.sr/2), mean, 0)[:, None].astype('f4')
+        large = np.max(np.abs(mean)) > OFFSET and self.n >= self.sr/2       # in half a second or more
+        return (mean*large)[:, None].astype('f4')
 
     @property
     def polarity(self): # (C,1) of 1 and -1
