@@ -66,9 +66,9 @@ class DataPaths(Section):
         seen = {}
         for key, p in self:
             if not p.strip(): raise ValueError(f'{key} is empty; give it a path')
-            other = seen.setdefault(os.path.abspath(p), key)
+            other = seen.setdefault(os.path.realpath(os.path.expanduser(p)), key)     # links resolved
             if other != key: raise ValueError(
-                f'{key} and {other} are both {p!r}; a stage would take the files of another for its own')
+                f'{key} and {other} are both {p!r}, by name or by a link; a stage would take the files of another for its own')
         return self
 
 class Intermediates(Section):

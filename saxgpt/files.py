@@ -288,9 +288,9 @@ def prune(
     keep, # names of the items that stay
     marker:str='clip.json', # file that every item has
 ):
-    "Remove the items of a stage that are not asked for any more."
+    "Remove the items of a stage that are not asked for any more; of a link to an item of somebody else, the link."
     for p in Path(folder).glob(f'*/{marker}'):
-        if p.parent.name not in keep: shutil.rmtree(p.parent)
+        if p.parent.name not in keep: p.parent.unlink() if p.parent.is_symlink() else shutil.rmtree(p.parent)
 
 # %% ../nbs/10a_files.ipynb #d853b49c
 def save_picture(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKING_LUFS', 'PIECES', 'FAR', 'STRANGE_GUIDANCE', 'listen', 'sound', 'Heard', 'stream', 'improvise',
-           'distance_to_corpus', 'notice_strange', 'pitch_track', 'draw_chords', 'plot_solo', 'out_paths',
+           'distance_to_corpus', 'notice_strange', 'pitch_track', 'draw_chords', 'plot_solo', 'out_paths', 'read_sound',
            'read_backing', 'read_truth', 'steps_bar', 'write_sound', 'write_plot', 'play', 'report', 'numbers', 'main']
 
 # %% ../nbs/08_generation.ipynb #252c5503
@@ -17,7 +17,7 @@ from fastcore.script import Param
 from torch import Tensor
 from tqdm import tqdm
 
-from .audio import SAMPLE_RATE, mix as mix_audio, normalize_loudness, plot_spectrogram, read_audio, resample, write_audio
+from .audio import SAMPLE_RATE, AudioError, is_silent, mix as mix_audio, normalize_loudness, plot_spectrogram, read_audio, resample, write_audio
 from .codec import check_codec, load_codec
 from .config import command, demo_backing
 from .files import output_path, printable, read_json, save_picture
@@ -246,15 +246,25 @@ def out_paths(
     return rows
 
 # %% ../nbs/08_generation.ipynb #10b922f8
+def read_sound(
+    path, # Audio file
+    seconds:float=None, # At most so much of it
+) -> np.ndarray: # (1, N), 32 kHz
+    "A sound to play with: mono, and not silent."
+    x = read_audio(path, SAMPLE_RATE, mono=True, seconds=seconds and seconds + 1)[0]
+    x = x[:, :int(seconds*SAMPLE_RATE)] if seconds else x
+    if is_silent(x): raise AudioError(f'{path}: silent, nothing in {"its beginning" if seconds else "it"} is above -70 dBFS; give another recording')
+    return x
+
 def read_backing(
     backing, # Audio file, or 'demo'
     seconds:float=None, # At most so much of it
 ) -> tuple: # Path, sound (1, N) at 32 kHz, what is known about it (a dict, maybe empty)
     "The sound of a backing and, for music of the demo corpus, its chords."
     path, truth = demo_backing() if str(backing) == 'demo' else (Path(backing), {})
-    x = read_audio(path, SAMPLE_RATE, mono=True, seconds=seconds and seconds + 1)[0]
+    x = read_sound(path, seconds)
     if not truth and path.stem == 'backing': truth = read_truth(path.with_name('truth.json'))
-    return path, x[:, :int(seconds*SAMPLE_RATE)] if seconds else x, truth
+    return path, x, truth
 
 def _plays(truth): # whether a truth.json says of chords and beats what pictures and measures can use
     def number(v, low=-math.inf): return isinstance(v, (int, float)) and low < v < 1e9
@@ -345,7 +355,7 @@ def play(
     chosen, settings = settings.get('guidance') is not None, settled(settings, model.cfg.condition_dropout)
     if light: model = lighten(model)
     src, x, truth = read_backing(backing, seconds)
-    first = None if prompt is None else read_audio(prompt, SAMPLE_RATE, mono=True)[0]
+    first = None if prompt is None else read_sound(prompt)
     if first is not None and first.shape[1] >= x.shape[1]: raise ValueError(f'{prompt}: is as long as the backing, which leaves nothing to play')
     inputs = src, src.with_name('truth.json'), prompt, checkpoint, codec
     named = [n == 1 and bool(p) for p in (out, mix, plot)]                # the others follow from `out`

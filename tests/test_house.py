@@ -23,7 +23,7 @@ modules = sorted(p for p in (root/'saxgpt').rglob('*.py') if p.name not in ('__i
 # Each room may import from the rooms before it; rooms of one line do not import one another unless listed in `inside`.
 layers = [
     {'packages', 'words'},
-    {'config', 'files', 'remote', 'audio', 'patterns', 'sampling', 'metrics', 'spectra'},
+    {'config', 'files', 'remote', 'audio', 'containers', 'patterns', 'sampling', 'metrics', 'spectra'},
     {'music'},
     {'codec', 'demo', 'data', 'model'},
     {'training', 'monitor'},
@@ -31,7 +31,7 @@ layers = [
     {'fit', 'fad', 'report', 'evaluate', 'sweep', 'worlds'},
     {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
 ]
-inside = {('audio', 'files'), ('remote', 'files'), ('config', 'remote'), ('config', 'files'), ('data', 'codec'), ('demo', 'codec'), ('demo', 'data'), ('music', 'music'),
+inside = {('audio', 'files'), ('audio', 'containers'), ('remote', 'files'), ('config', 'remote'), ('config', 'files'), ('data', 'codec'), ('demo', 'codec'), ('demo', 'data'), ('music', 'music'),
           ('model', 'model'), ('training', 'training'), ('evaluate', 'fit'), ('evaluate', 'fad'), ('evaluate', 'report'), ('report', 'fit'), ('sweep', 'evaluate'),
           ('worlds', 'evaluate'), ('worlds', 'fit')}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import soundfile as sf, torch
 
-from ..audio import load_mono, probe
+from ..audio import SILENT, load_mono, probe
 from ..codec import Codec, load_codec
 from ..config import DataConfig
 from ..files import caught, is_name, map_parallel, read_manifest, read_table, read_tensors, reason, write_jsonl, write_tensors
@@ -25,6 +25,7 @@ class Track:
         path, # a sound file; raises `AudioError` unless it is whole
     ):
         told, self.file, self.all = probe(path), None, None
+        self.path, self.peak = path, told['peak']
         if (told['sr'], told['channels']) == (32_000, 1) and told['peak'] <= 1:
             try: self.file = sf.SoundFile(path)
             except sf.LibsndfileError: pass
@@ -47,10 +48,13 @@ def open_clip(
 )->tuple: # contents of clip.json, [lead, backing] as `Track`s
     "A clip that can be encoded; raises ValueError, or FileNotFoundError."
     if not (clip/'clip.json').is_file(): raise FileNotFoundError(f'{clip}: is not there any more, nor are its codes; run the whole pipeline')
-    try: return json.loads((clip/'clip.json').read_text()), [Track(clip/f'{k}.wav') for k in ('lead', 'backing')]
+    try: info, tracks = json.loads((clip/'clip.json').read_text()), [Track(clip/f'{k}.wav') for k in ('lead', 'backing')]
     except ValueError as e:
         why = str(e).partition(';')[0].replace(f'{clip}/', '')
         raise ValueError(f'{clip}: damaged ({why}); remove the folder and run the pipeline again') from None
+    for k, t in zip(('lead', 'backing'), tracks):
+        if t.peak < SILENT: raise ValueError(f'{clip}: its {k} is silent, which teaches nothing; remove the folder')
+    return info, tracks
 
 def save_codes(
     path, # CLIP.safetensors

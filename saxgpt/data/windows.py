@@ -11,7 +11,7 @@ import csv, io, json, math
 from functools import partial
 from pathlib import Path
 import numpy as np, soundfile as sf
-from ..audio import write_stream
+from ..audio import is_silent, write_stream
 from ..config import DataConfig, WindowConfig
 from ..files import atomic_dir, content_hash, is_name, map_parallel, output_path, prune, read_manifest, reason, write_text
 
@@ -103,24 +103,28 @@ def lead_rms(info:dict, # a line of the stems' manifest
     except sf.LibsndfileError: raise _again(path, 'or the backing beside it cannot be read') from None
     return rms, sr, n
 
+# %% ../../nbs/02_windows.ipynb #b00c66f4
 def windows_of(info:dict, # a line of the stems' manifest
-               cfg:DataConfig)->tuple: # rows of the table, seconds of the recording if anything had to be cut
-    "Find and cut the windows of one recording"
-    stems, rows, new = Path(cfg.data_paths.stems_dir)/info['recording'], [], False
+               cfg:DataConfig)->tuple: # rows of the table, seconds of the recording if anything had to be cut, windows left out
+    "Find and cut the windows of one recording."
+    stems, rows, new, silent = Path(cfg.data_paths.stems_dir)/info['recording'], [], False, 0
     rms, sr, n = lead_rms(info, stems, cfg.rms_window)
     for w in find_windows(rms, cfg.rms_window, sr):
         a, b = w['start'], w['stop']
+        if any(all(is_silent(x) for x in span(stems/f'{k}.wav', a, b)) for k in ('lead', 'backing')):
+            silent += 1
+            continue
         rows.append(dict(w, recording=info['recording'], clip=clip_id(info['recording'], a, b, sr, info['settings']),
                          start_s=round(a/sr, 4), stop_s=round(b/sr, 4), duration_s=round((b-a)/sr, 4)))
         new |= cut_clip(stems, cfg.data_paths.clips_dir, rows[-1], sr)
-    return rows, n/sr*new
+    return rows, n/sr*new, silent
 
 # %% ../../nbs/02_windows.ipynb #d9322e2f
 def run(cfg:DataConfig, device='cpu',
         n_jobs=1, progress:bool=False)->dict: # done: clips, failed and dropped: {title: reason}, n_in: recordings, hours, made
     "Windows of all stems: the table at `metadata_path` and the clips in `clips_dir`"
     infos = read_manifest(Path(cfg.data_paths.stems_dir)/'manifest.jsonl', recording=is_name, title=str, settings=str)
-    rows, failed, dropped, made, text = [], {}, {}, 0., io.StringIO()
+    rows, failed, dropped, silent, made, text = [], {}, {}, {}, 0., io.StringIO()
     if not infos: raise WindowError(f'{cfg.data_paths.stems_dir}: no manifest.jsonl with stems; run the stems stage first')
     s = cfg.rms_window
     def why(i): return f'shorter than one frame of {s.rms_frame_length_seconds:g} s (rms_window.rms_frame_length_seconds)' if (
@@ -128,8 +132,8 @@ def run(cfg:DataConfig, device='cpu',
     for i,r in map_parallel(partial(windows_of, cfg=cfg), infos, n_jobs, 'windows' if progress else None, lambda i: i.get('duration_s', 0)):
         name = i['title'] if i['title'] not in failed | dropped else f'{i["title"]} ({i["recording"]})'
         if isinstance(r, Exception): failed[name] = reason(r)
-        elif not r[0]: dropped[name] = why(i)
-        else: rows, made = rows+r[0], made+r[1]
+        elif not r[0]: dropped[name] = 'silent: no window in which both lead and backing are heard' if r[2] else why(i)
+        else: rows, made, silent = rows+r[0], made+r[1], silent | ({name: r[2]} if r[2] else {})
     rows.sort(key=lambda r: (r['recording'], r['start']))
     table = csv.DictWriter(text, COLUMNS, lineterminator='\n')
     table.writeheader()
@@ -137,4 +141,5 @@ def run(cfg:DataConfig, device='cpu',
     write_text(output_path(cfg.data_paths.metadata_path), text.getvalue())
     prune(cfg.data_paths.clips_dir, {r['clip'] for r in rows})
     return dict(done=[r['clip'] for r in rows], failed=failed, dropped=dropped, n_in=len(infos),
-                hours=sum(r['duration_s'] for r in rows)/3600, made=made/3600)
+                hours=sum(r['duration_s'] for r in rows)/3600, made=made/3600,
+                notes=[f'windows left out, where lead or backing is silent: {", ".join(f"{k} ({n})" for k,n in silent.items())}'] if silent else [])
