@@ -12,6 +12,7 @@ __all__ = ['ConfigError', 'Section', 'field', 'DataPaths', 'Intermediates', 'Dow
 # %% ../nbs/10_config.ipynb #b942c4a0
 import difflib, inspect, json, os, reprlib, signal, sys, types
 from contextlib import contextmanager
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin
@@ -370,24 +371,27 @@ def config_path(
     return bundled[name]
 
 # %% ../nbs/10_config.ipynb #2c7e1d4f
-class _Yaml(yaml.SafeLoader):
+@cache
+def _loader():
     "YAML in which a key stands once and a date is text."
-    yaml_implicit_resolvers = {k: [(tag, r) for tag, r in v if not tag.endswith(':timestamp')] for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-
-    def construct_mapping(self, node, deep=False):
-        out, keys = super().construct_mapping(node, deep=deep), set()
-        for key, _ in node.value:
-            name = self.construct_object(key)
-            if name in keys: raise yaml.MarkedYAMLError(problem=f'{name!r} is given twice', problem_mark=key.start_mark)
-            keys.add(name)
-        return out
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            out, keys = super().construct_mapping(node, deep=deep), set()
+            for key, _ in node.value:
+                name = self.construct_object(key)
+                if name in keys: raise yaml.MarkedYAMLError(problem=f'{name!r} is given twice', problem_mark=key.start_mark)
+                keys.add(name)
+            return out
+    resolvers = yaml.SafeLoader.yaml_implicit_resolvers.items()
+    Loader.yaml_implicit_resolvers = {k: [(tag, r) for tag, r in v if not tag.endswith(':timestamp')] for k, v in resolvers}
+    return Loader
 
 def read_yaml(
     text:str,
     source:str, # file name, or key, for messages
 ): # plain values
     "Read YAML that a person wrote; raises `ConfigError`."
-    try: return yaml.load(text, _Yaml)
+    try: return yaml.load(text, _loader())
     except RecursionError: raise ConfigError(f'{source}: brackets within brackets, too deep to be meant') from None
     except (yaml.YAMLError, ValueError, OverflowError) as e:
         mark = getattr(e, 'problem_mark', None)

@@ -473,7 +473,7 @@ def _same(a, b):
     "Whether two entries are one performance."
     if a['id'] == b['id']: return True
     x, y = a.get('sound') or {}, b.get('sound') or {}
-    return x.keys() == y.keys() and len(x) > 0 and all(same_sound(x[k], y[k]) for k in x)
+    return isinstance(x, dict) and isinstance(y, dict) and x.keys() == y.keys() and len(x) > 0 and all(same_sound(x[k], y[k]) for k in x)
 
 def _named(names, n=20): return ', '.join(_shown(x) for x in names[:n]) + (f' and {len(names)-n} more' if len(names) > n else '')
 
@@ -491,7 +491,7 @@ def run(cfg:DataConfig, device='cpu',
         elif isinstance(r, Exception): failed[_shown(rec.title, 300)] = reason(r)
         else: found.append(r)
     if urls: online, refused, notes = _online(cfg, urls, progress); found += online; failed |= refused
-    before = {e['id'] for e in read_jsonl(out/'manifest.jsonl')}
+    before = {str(e.get('id')) for e in read_jsonl(out/'manifest.jsonl') if isinstance(e, dict)}
     for e in sorted(found, key=lambda e: (e['id'] not in before, e['id'])):                # what had its place keeps it
         first = next((f for f in entries.values() if _same(f, e)), None)
         if first is None: entries[e['id']] = e
