@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .config import weights_dir
-from .files import atomic_dir, content_hash, output_path, read_weights, write_tensors
+from .files import atomic_dir, content_hash, output_path, read_weights, unfilled, write_tensors
 from .packages import needs, without_warnings
 from .spectra import Spectra, load_spectra
 
@@ -542,7 +542,7 @@ class EncodecCodec(Codec):
         if got != (32_000, 640, 2048, 1, False): raise CodecError('encodec-32khz: these weights are of another EnCodec: '
             f'{got[0]} Hz, {got[1]} samples to a frame, books of {got[2]}, {got[3]} channels; it takes 32000 Hz, 640, 2048 and 1')
         self.chunk = chunk_frames(chunk_len_s)
-        with torch.device('meta'): layers = encodec_layers(c)               # takes no memory, whatever the config says
+        with unfilled(): layers = encodec_layers(c)               # takes no memory, whatever the config says
         state = {k: torch.ones(v.shape) if v.is_meta else v for k, v in to_encodec(weights, layers.state_dict()).items()}
         layers.load_state_dict(state, assign=True)
         self.layers = layers.eval().requires_grad_(False)

@@ -6,7 +6,8 @@
 __all__ = ['FULL', 'WriteError', 'reason', 'atomic_path', 'replace_dir', 'atomic_dir', 'expanded', 'output_path', 'file_hash',
            'content_hash', 'open_own', 'append_jsonl', 'read_jsonl', 'read_json', 'write_text', 'write_jsonl',
            'is_name', 'read_table', 'read_manifest', 'prune', 'save_picture', 'write_tensors', 'read_tensors',
-           'tensor_shapes', 'read_weights', 'sweep', 'locked', 'caught', 'safe_imports', 'Processes', 'map_parallel']
+           'tensor_shapes', 'read_weights', 'unfilled', 'sweep', 'locked', 'caught', 'safe_imports', 'Processes',
+           'map_parallel']
 
 # %% ../nbs/10a_files.ipynb #969a8b6b
 import csv, errno, hashlib, json, multiprocessing as mp, os, re, shutil, signal, stat, sys, threading, time
@@ -344,6 +345,7 @@ def read_tensors(
         with safe_open(str(path), framework) as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except SafetensorError as e: raise ValueError(f'{path}: damaged or not a safetensors file; make or fetch it again ({e})') from None
 
+# %% ../nbs/10a_files.ipynb #4a7c9dbf
 def tensor_shapes(
     path, # a .safetensors file
 )->dict: # name -> shape
@@ -361,6 +363,17 @@ def read_weights(
         if not t.is_floating_point() or not t.isfinite().all(): raise ValueError(f'{path}: {k} holds numbers that no training leaves '
             f'({"not a number, or infinite" if t.is_floating_point() else t.dtype}); make or fetch it again')
     return tensors
+
+@contextmanager
+def unfilled():
+    "Modules made in here take no memory and draw no random numbers; their weights are yet to be assigned."
+    import torch
+    from torch.overrides import TorchFunctionMode
+    class Unfilled(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func.__name__.endswith('_') and not func.__name__.endswith('__'): return args[0] if args else kwargs['tensor']  # an initialisation
+            return (torch.empty if func in (torch.randn, torch.rand) else func)(*args, **kwargs or {})
+    with torch.device('meta'), Unfilled(): yield
 
 # %% ../nbs/10a_files.ipynb #29ab728d
 try: import fcntl
@@ -426,14 +439,7 @@ def caught(
     try: return fn(*args)
     except Exception as e: return e
 
-# %% ../nbs/10a_files.ipynb #8fd87742
-def _worker():
-    "Begin a worker process."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (mp.parent_process().join(), os._exit(1)), daemon=True).start()
-    for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ[k] = '1'
-    if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(1)
-
+# %% ../nbs/10a_files.ipynb #6c9ebf12
 @contextmanager
 def safe_imports():
     "Python processes that are started here look for modules where this one does, and not in the working directory."
@@ -445,6 +451,14 @@ def safe_imports():
         if here: os.chdir(here)
         if before is None: del os.environ['PYTHONSAFEPATH']
         else: os.environ['PYTHONSAFEPATH'] = before
+
+# %% ../nbs/10a_files.ipynb #8fd87742
+def _worker():
+    "Begin a worker process."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (mp.parent_process().join(), os._exit(1)), daemon=True).start()
+    for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ[k] = '1'
+    if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(1)
 
 def _status(process): # how it ended, once that is known: a broken pipe is noticed sooner
     for _ in range(100):

@@ -9,6 +9,8 @@ __all__ = ['Block', 'Spectra', 'load_spectra']
 import torch
 from torch import nn, Tensor
 
+from .files import unfilled
+
 # %% ../nbs/04c_spectra.ipynb #4a1d8b6f
 class Block(nn.Module):
     "A convolution in time, then a thought about each frame."
@@ -67,6 +69,6 @@ def load_spectra(
     floor:float=1e-4, # as in training
 )->Spectra: # ready to use
     "Build the network whose weights these are; raises `KeyError` or `RuntimeError` when they are none."
-    with torch.device('meta'): net = Spectra(bands, len(state['first.weight']), sum(k.endswith('.gain') for k in state), floor) # no random numbers
+    with unfilled(): net = Spectra(bands, len(state['first.weight']), sum(k.endswith('.gain') for k in state), floor)
     net.load_state_dict(state, assign=True)
     return net.float().eval().requires_grad_(False)

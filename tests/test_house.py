@@ -31,7 +31,7 @@ layers = [
     {'fit', 'fad', 'report', 'evaluate', 'sweep', 'worlds'},
     {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
 ]
-inside = {('audio', 'files'), ('audio', 'containers'), ('remote', 'files'), ('config', 'remote'), ('config', 'files'), ('data', 'codec'), ('demo', 'codec'), ('demo', 'data'), ('music', 'music'),
+inside = {('audio', 'files'), ('spectra', 'files'), ('audio', 'containers'), ('remote', 'files'), ('config', 'remote'), ('config', 'files'), ('data', 'codec'), ('demo', 'codec'), ('demo', 'data'), ('music', 'music'),
           ('model', 'model'), ('training', 'training'), ('evaluate', 'fit'), ('evaluate', 'fad'), ('evaluate', 'report'), ('report', 'fit'), ('sweep', 'evaluate'),
           ('worlds', 'evaluate'), ('worlds', 'fit')}
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from .. import __version__
 from ..config import ModelConfig, RunConfig, command, parse, to_dict, weights_dir
-from ..files import atomic_dir, file_hash, output_path, read_tensors, read_weights, reason, tensor_shapes, write_tensors
+from ..files import atomic_dir, file_hash, output_path, read_tensors, read_weights, reason, tensor_shapes, unfilled, write_tensors
 from ..metrics import total_variation
 from ..model.decoding import laid_out
 from ..model.transformer import SaxGPT
@@ -139,7 +139,7 @@ def frame(
     held = tensor_shapes(Path(folder)/'model.safetensors')
     if (cfg.num_encoder_layers + cfg.num_decoder_layers < len(held)
             and held.get('embed.table.weight') == (cfg.num_codebooks*cfg.vocab_size, cfg.d_model)):
-        with torch.device('meta'): model = SaxGPT(cfg)
+        with unfilled(): model = SaxGPT(cfg)
         if {k: tuple(v.shape) for k, v in model.state_dict().items()} == held: return model
     raise CheckpointError(f'{folder}: its weights do not fit its config.json; use another checkpoint')
 
