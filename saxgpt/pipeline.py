@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.script import Param
 from .config import ConfigError, DataConfig, command, config_path, device_name, load_config, to_dict
-from .files import WriteError, caught, content_hash, file_hash, is_name, locked, output_path, printable, read_jsonl, sweep, write_text
+from .files import WriteError, caught, content_hash, file_hash, is_name, locked, output_path, printable, read_json, read_jsonl, sweep, write_text
 from .packages import needs
 
 # %% ../nbs/13_pipeline.ipynb #56e03ba1
@@ -115,7 +115,7 @@ def _note(cfg, separator): return dict(origin=_origin(cfg, separator), datasets=
 
 def nothing_new(cfg:DataConfig, separator=None)->bool: # None: there is no note
     "Whether the datasets are those that the note speaks of, and nothing is to be kept that was removed then"
-    try: old = json.loads((Path(cfg.data_paths.datasets_dir)/'tidied.json').read_text())
+    try: old = read_json(Path(cfg.data_paths.datasets_dir)/'tidied.json')
     except (OSError, ValueError): return None
     new = _note(cfg, separator)
     return isinstance(old, dict) and {**old, 'kept': 0} == {**new, 'kept': 0} and not any(v and not old['kept'].get(k) for k,v in new['kept'].items())

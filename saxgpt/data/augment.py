@@ -13,7 +13,7 @@ from pathlib import Path
 import librosa, numpy as np, soundfile as sf
 from ..audio import Spool, probe, resampled, write_stream
 from ..config import AugmentConfig, DataConfig
-from ..files import atomic_dir, content_hash, map_parallel, prune, read_table, reason, write_jsonl
+from ..files import atomic_dir, content_hash, map_parallel, prune, read_json, read_table, reason, write_jsonl
 
 # %% ../../nbs/03_augmentation.ipynb #f3c0acc6
 def spectra(read, # (start, stop) -> float32 (C, stop-start)
@@ -97,7 +97,7 @@ def _again(clip, why): return ValueError(f'{clip}: {why}; remove the folder and 
 
 def read_clip(clip)->tuple: # contents of clip.json, {track: probe}
     "A clip's description, once both its tracks are seen to be whole"
-    try: info, tracks = json.loads((clip/'clip.json').read_text()), {k: probe(clip/f'{k}.wav') for k in ('lead', 'backing')}
+    try: info, tracks = read_json(clip/'clip.json'), {k: probe(clip/f'{k}.wav') for k in ('lead', 'backing')}
     except ValueError as e: raise _again(clip, f'damaged ({str(e).partition(";")[0]})') from None
     if len({(t['seconds'], t['sr']) for t in tracks.values()}) > 1: raise _again(clip, 'lead and backing differ in length or rate')
     return info, tracks

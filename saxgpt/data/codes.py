@@ -16,7 +16,7 @@ import soundfile as sf, torch
 from ..audio import SILENT, load_mono, probe
 from ..codec import Codec, load_codec
 from ..config import DataConfig
-from ..files import caught, is_name, map_parallel, read_manifest, read_table, read_tensors, reason, write_jsonl, write_tensors
+from ..files import caught, is_name, map_parallel, read_json, read_manifest, read_table, read_tensors, reason, write_jsonl, write_tensors
 
 # %% ../../nbs/04_tokenization.ipynb #270b2ae6
 class Track:
@@ -48,7 +48,7 @@ def open_clip(
 )->tuple: # contents of clip.json, [lead, backing] as `Track`s
     "A clip that can be encoded; raises ValueError, or FileNotFoundError."
     if not (clip/'clip.json').is_file(): raise FileNotFoundError(f'{clip}: is not there any more, nor are its codes; run the whole pipeline')
-    try: info, tracks = json.loads((clip/'clip.json').read_text()), [Track(clip/f'{k}.wav') for k in ('lead', 'backing')]
+    try: info, tracks = read_json(clip/'clip.json'), [Track(clip/f'{k}.wav') for k in ('lead', 'backing')]
     except ValueError as e:
         why = str(e).partition(';')[0].replace(f'{clip}/', '')
         raise ValueError(f'{clip}: damaged ({why}); remove the folder and run the pipeline again') from None
@@ -153,7 +153,7 @@ def chosen_clips(
     return {c: Path(folder)/c for names, folder in ((clips, p.clips_dir), (copies, p.aug_dir)) for c in sorted(names)}
 
 def _seconds(clip):
-    try: return float(json.loads((clip/'clip.json').read_text())['duration_s'])
+    try: return float(read_json(clip/'clip.json')['duration_s'])
     except (OSError, ValueError, LookupError, TypeError): return 0.
 
 # %% ../../nbs/04_tokenization.ipynb #9f6c2a48

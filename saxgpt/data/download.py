@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from fastcore.basics import patch
 from ..audio import AudioError, SILENT, is_recording, probe, same_sound
 from ..config import ConfigError, DataConfig, DownloadConfig
-from ..files import FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash, map_parallel, printable, read_jsonl, reason, write_jsonl
+from ..files import FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash, map_parallel, printable, read_json, read_jsonl, reason, write_jsonl
 from ..packages import needs
 from ..words import bar
 
@@ -107,7 +107,7 @@ def ingest(rec:Recording,
     id = content_hash([*hashes], *[h.encode() for h in hashes.values()])
     out, entry = Path(dl_dir)/id, dict(id=id, title=_utf8(rec.title), kind=rec.kind)
     told = dict(uploader=None, url=None, extractor=None, extractor_id=None) | rec.facts | dict(sha256=hashes)
-    old = json.loads((out/'recording.json').read_text()) if (out/'recording.json').is_file() else {}
+    old = read_json(out/'recording.json') if (out/'recording.json').is_file() else {}
     if 'sound' in old: return old | entry | told
     if old and not all((out/f).is_file() for f in old['files'].values()): return old | entry | told     # tidied away before sounds were kept
     seconds, sound = _check(rec)
@@ -378,7 +378,7 @@ def take(self:Web, item:dict, info:dict, keys:list, address:str): # keys: of the
 def known(self:Web, id:str)->dict|None:
     "What is in its place under an id: its line of the manifest"
     f = self.dir/id/'recording.json'
-    return json.loads(f.read_text()) if f.is_file() else None
+    return read_json(f) if f.is_file() else None
 
 @patch
 def has(self:Web, keys:list, address:str)->bool: # keys: of one item

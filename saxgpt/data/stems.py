@@ -19,7 +19,7 @@ import numpy as np, yaml
 from fastcore.basics import patch
 from ..audio import SAMPLE_RATE, LoudnessMeter, Spool, loudness, resampled, stream, to_mono, write_stream
 from ..config import ConfigError, DataConfig, DemucsConfig
-from ..files import atomic_dir, content_hash, file_hash, is_name, map_parallel, read_manifest, read_tensors, write_jsonl, write_tensors
+from ..files import atomic_dir, content_hash, file_hash, is_name, map_parallel, read_json, read_manifest, read_tensors, write_jsonl, write_tensors
 from ..packages import needs
 from ..words import bar
 
@@ -380,7 +380,7 @@ def _made_by(entry, cfg, separator):
 
 def _found(entry, cfg, made):
     "What an earlier run noted, if it made the same"
-    try: old = json.loads((Path(cfg.data_paths.stems_dir)/entry['id']/'stems.json').read_text())
+    try: old = read_json(Path(cfg.data_paths.stems_dir)/entry['id']/'stems.json')
     except (OSError, ValueError): return None
     return dict(old, title=entry['title']) if old.get('settings') == made else None
 
