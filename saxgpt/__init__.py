@@ -2,8 +2,13 @@ __version__ = "0.1.0"
 
 import os, sys
 
-# `python -m` looks for modules in the working directory first. There may lie anything, even a pickle.py: it comes last.
-if sys.argv[:1] == ['-m'] and sys.path and sys.path[0] and os.path.realpath(sys.path[0]) == os.path.realpath(os.curdir): sys.path.append(sys.path.pop(0))
+def _look_elsewhere_first():
+    "`python -m` looks for modules in the working directory first. There may lie anything, even a pickle.py: it comes last."
+    try: here = os.getcwd()
+    except OSError: return                               # it is gone
+    if sys.argv[:1] == ['-m'] and sys.path and sys.path[0] and os.path.realpath(sys.path[0]) == here: sys.path.append(sys.path.pop(0))
+
+_look_elsewhere_first()
 
 import signal
 from .packages import lend_caches

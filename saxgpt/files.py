@@ -443,12 +443,12 @@ def caught(
 @contextmanager
 def safe_imports():
     "Python processes that are started here look for modules where this one does, and not in the working directory."
-    before, here = os.environ.get('PYTHONSAFEPATH'), os.getcwd() if sys.version_info < (3, 11) else None
+    before, here = os.environ.get('PYTHONSAFEPATH'), sys.version_info < (3, 11) and caught(os.getcwd)
     os.environ['PYTHONSAFEPATH'] = '1'
-    if here: os.chdir(sys.prefix)                                          # Python 3.10 knows no other way
+    if isinstance(here, str): os.chdir(sys.prefix)                                          # Python 3.10 knows no other way
     try: yield
     finally:
-        if here: os.chdir(here)
+        if isinstance(here, str): os.chdir(here)
         if before is None: del os.environ['PYTHONSAFEPATH']
         else: os.environ['PYTHONSAFEPATH'] = before
 
