@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .config import weights_dir
-from .files import atomic_dir, content_hash, output_path, read_weights, unfilled, write_tensors
+from .files import atomic_dir, content_hash, output_path, read_json, read_weights, unfilled, write_tensors
 from .packages import needs, without_warnings
 from .spectra import Spectra, load_spectra
 
@@ -378,10 +378,10 @@ def load(cls:MelCodec,
     "Read it back; raises `CodecError` when it is absent or damaged."
     folder = Path(folder)
     try:
-        told, tensors = json.loads((folder/'codec.json').read_text()), read_weights(folder/'codec.safetensors')
-        if not isinstance(told, dict) or not isinstance(told.get('card', {}), dict): raise ValueError('codec.json holds something else')
+        told, tensors = read_json(folder/'codec.json'), read_weights(folder/'codec.safetensors')
+        if not isinstance(told.get('card', {}), dict): raise ValueError('its card in codec.json is none')
     except OSError as e: raise CodecError(f'{folder}: holds no codec ({Path(e.filename or folder).name}: {e.strerror})') from None
-    except (ValueError, RecursionError) as e: raise CodecError(f'{folder}: the codec is damaged; fetch or fit it again ({e})') from None
+    except ValueError as e: raise CodecError(f'{folder}: the codec is damaged; fetch or fit it again ({e})') from None
     try:
         codec = cls(tensors.pop('books'), MelSettings(**told['settings']), told.get('card'), chunk_len_s)
         net = {k.removeprefix('spectra.'): v for k, v in tensors.items()}
@@ -591,8 +591,8 @@ def from_folder(
 )->EncodecCodec:
     "EnCodec from the files that transformers saves."
     folder = Path(folder)
-    try: config = json.loads((folder/'config.json').read_text())
-    except (OSError, ValueError, RecursionError): raise CodecError(f'{folder}: config.json is absent or damaged; a folder of EnCodec has it beside model.safetensors') from None
+    try: config = read_json(folder/'config.json')
+    except (OSError, ValueError): raise CodecError(f'{folder}: config.json is absent or damaged; a folder of EnCodec has it beside model.safetensors') from None
     try: weights = read_weights(folder/'model.safetensors')
     except (OSError, ValueError) as e: raise CodecError(f'{folder}: model.safetensors cannot be read ({e})') from None
     return EncodecCodec(weights, config, chunk_len_s)
