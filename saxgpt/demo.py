@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .audio import SAMPLE_RATE, write_audio
-from .config import command, demo_backing, weights_dir
+from .config import command, demo_backing, read_yaml, weights_dir
 from saxgpt.files import (atomic_dir, atomic_path, map_parallel, read_json, read_jsonl, write_jsonl,
     write_text)
 from .music.arrangement import Clock, arrange, perform, play_track, tempo_map, timeline
@@ -403,13 +403,12 @@ def _check(out, minutes, drawn, world):
     if world not in ('plain', 'wide'): raise ValueError(f'--world: given {world}; plain or wide')
 
 def _wide(fonts, use, names, fix): # keyword arguments of a wide corpus, from the command's
-    import yaml
     def split(s): return [x.strip() for x in (s or '').split(',') if x.strip()]
     if fonts:
         if not Path(fonts).is_dir(): raise ValueError(f'--fonts: there is no folder {fonts}')
         for line in find_fonts(fonts)[1]: say(line)
     pairs = [x.partition('=') for x in split(fix)]
-    fixed = {k: yaml.safe_load(v) for k, _, v in pairs}
+    fixed = {k: read_yaml(v, f'--fix {k}') for k, _, v in pairs}
     draw_world(np.random.default_rng(0), **fixed)
     pool = make_pool(fonts, use, **{k: split(v) for k, v in names.items()})
     return dict(world='wide', pool=pool, **fixed)

@@ -15,7 +15,6 @@ from pathlib import Path
 import librosa, numpy as np, torch
 from fastcore.script import Param
 from torch import Tensor
-from tqdm import tqdm
 
 from .audio import SAMPLE_RATE, AudioError, is_silent, mix as mix_audio, normalize_loudness, plot_spectrogram, read_audio, resample, write_audio
 from .codec import check_codec, load_codec
@@ -27,7 +26,7 @@ from .model.transformer import SaxGPT
 from .packages import without_warnings
 from .sampling import PLAYED, UNGUIDED, check_settings, settled
 from .training.checkpoint import load_model
-from .words import Said, say
+from .words import bar, say
 
 # %% ../nbs/08_generation.ipynb #60bcef7c
 BACKING_LUFS = -23. # loudness of a backing beside a solo when both together have -20
@@ -295,10 +294,10 @@ def steps_bar(
 ): # a function to call with the number of frames done
     "A progress bar that knows what a frame is in seconds of music."
     fmt, t0 = 'playing {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} frames{postfix}', time.time()
-    with tqdm(total=frames, bar_format=fmt, mininterval=.2, disable=not show, file=Said()) as bar:
+    with bar(total=frames, bar_format=fmt, mininterval=.2, disable=not show) as shown:
         def progress(done):
-            bar.set_postfix_str(f'{done/50/max(time.time() - t0, 1e-3):.1f}x real time', refresh=False)
-            bar.update(done - bar.n)
+            shown.set_postfix_str(f'{done/50/max(time.time() - t0, 1e-3):.1f}x real time', refresh=False)
+            shown.update(done - shown.n)
         yield progress
 
 # %% ../nbs/08_generation.ipynb #0bfaf406
@@ -308,8 +307,7 @@ def write_sound(
     solo:np.ndarray, # (1, N)
     backing:np.ndarray, # (1, N)
 ):
-    "Write a solo, alone and with its backing."
-    solo, backing = normalize_loudness(solo), normalize_loudness(backing)
+    "Write a solo, alone and with its backing; both at the loudness that they are to have."
     write_audio(solo_path, solo)
     write_audio(mix_path, mix_audio(solo, backing))
 
@@ -321,7 +319,7 @@ def write_plot(
     name:str, # For the title
 )->bool: # Whether it is written
     "Write the picture of a solo, or say why there is none."
-    solo, backing = (normalize_loudness(x)[:, :60*SAMPLE_RATE] for x in (solo, backing))
+    solo, backing = (x[:, :60*SAMPLE_RATE] for x in (solo, backing))
     def draw(fig):
         title, form = f'SaxGPT over {printable(name)}', truth.get('form', '')
         if form == 'drawn': form = 'changes of its own'
@@ -368,9 +366,10 @@ def play(
     with steps_bar(math.ceil(x.shape[1]/codec.hop), progress) as advance:
         solos = improvise(model, codec, x, [seed + i for i in range(n)], first, advance, compiled=compiled, **settings)
     cut, x = solos.shape[1] < x.shape[1], x[:, :solos.shape[1]]
-    for row, solo in zip(paths, solos): write_sound(*row[:2], solo[None], x)
+    solos, x = [normalize_loudness(s[None]) for s in solos], normalize_loudness(x)
+    for row, solo in zip(paths, solos): write_sound(*row[:2], solo, x)
     name = 'the demo backing' if str(backing) == 'demo' else src.name
-    drawn = [write_plot(row[2], solo[None], x, truth, f'{name}, seed {seed + i}')
+    drawn = [write_plot(row[2], solo, x, truth, f'{name}, seed {seed + i}')
              for i, (row, solo) in enumerate(zip(paths, solos))]
     paths = [(*row[:2], row[2] if d else None) for row, d in zip(paths, drawn)]
     kept = ', '.join(str(p) for row in paths for p in row if p)
