@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'PLAYABLE', 'STATED', 'RATES', 'CLAIMS', 'OFFSET', 'SILENT', 'PERIOD', 'AT_ONCE', 'AudioError',
-           'is_recording', 'resample', 'plot_spectrogram', 'to_mono', 'Survey', 'is_silent', 'same_sound', 'read_audio',
-           'load_mono', 'resampled', 'Stream', 'stream', 'probe', 'write_audio', 'write_stream', 'Spool', 'KWeighting',
-           'LoudnessMeter', 'loudness', 'normalize_loudness', 'mix', 'log_mel', 'player']
+           'is_recording', 'resample', 'plot_spectrogram', 'to_mono', 'in_blocks', 'largest', 'Survey', 'is_silent',
+           'same_sound', 'read_audio', 'load_mono', 'resampled', 'Stream', 'stream', 'probe', 'Sound', 'Spool',
+           'write_stream', 'write_audio', 'KWeighting', 'LoudnessMeter', 'loudness', 'normalize_loudness', 'mix',
+           'log_mel', 'player']
 
 # %% ../nbs/11_audio.ipynb #31bfaf77
 import hashlib, io, math, os, tempfile
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -234,7 +236,18 @@ def to_mono(
     return x.mean(0, keepdims=True, dtype='f4')
 
 # %% ../nbs/11_audio.ipynb #4b56be20
-def _peak(x): return max(x.max(), -x.min())
+def in_blocks(
+    x, # (C,N), an array or a `Sound` (see below)
+    n:int=2**20, # samples at a time
+): # yields arrays (C,n)
+    "A sound from its beginning to its end."
+    return (x[:, a:a + n] for a in range(0, x.shape[1], n))
+
+def largest(
+    x, # (C,N), an array or a `Sound`
+)->float:
+    "The largest absolute sample; NaN where there is one."
+    return float(np.max([np.abs(p).max() for p in in_blocks(x)], initial=0))
 
 def _fit(
     x:np.ndarray, # (C,N), finite
@@ -243,12 +256,12 @@ def _fit(
     mono:bool, # mix the channels down
 )->np.ndarray: # (C,M), within [-1,1]; M may be 0
     "Mixing down, resampling and the scaling around them."
-    peak = max(np.float32(1), _peak(x))
-    if peak > 1: x = x/peak
+    peak = max(1., largest(x))
+    if peak > 1: x = x/np.float32(peak)
     x = resample(to_mono(x) if mono else x, sr, to)
     if not x.size: return x
-    scale = min(peak, 1/max(_peak(x), np.float32(1e-30)))
-    return x if scale == 1 else x*scale
+    scale = min(peak, 1/max(largest(x), 1e-30))
+    return x if scale == 1 else x*np.float32(scale)
 
 # %% ../nbs/11_audio.ipynb #765e0f0f
 OFFSET = .01 # a mean beyond this is a fault of the recording
@@ -307,10 +320,10 @@ class Survey:
 
 # %% ../nbs/11_audio.ipynb #10e4658b
 def is_silent(
-    x:np.ndarray, # (C,N)
+    x, # (C,N), an array or a `Sound`
 )->bool:
     "Whether a sound never exceeds -70 dBFS."
-    return max(x.max(initial=0), -x.min(initial=0)) < SILENT
+    return largest(x) < SILENT
 
 def same_sound(
     a:list, b:list, # fingerprints, from `Survey.fingerprint`
@@ -389,26 +402,26 @@ def resampled(
 
 # %% ../nbs/11_audio.ipynb #3915e85f
 @lru_cache(64)
-def _surveyed(path, *version):
-    "Decode all of a file and keep what is known of it: (`Survey`, rate, channels)."
+def _surveyed(path, seconds, *version):
+    "Decode a file and keep what is known of it: (`Survey`, rate, channels)."
     told, survey = SimpleNamespace(), None
-    for x in _heard(path, told):
+    for x in _bounded(path, _heard(path, told, seconds)):
         survey = survey or Survey(told.sr)
         survey.add(x)
     return survey, told.sr, len(survey.sum)
 
 class Stream:
     "Blocks of a sound file: float32 (C,n), at `sr` Hz; every iteration begins at the start of the file."
-    def __init__(self, path, sr, mono, block_s):
-        self.path, self.mono, self.block_s = Path(path), mono, block_s
+    def __init__(self, path, sr, mono, block_s, seconds):
+        self.path, self.mono, self.block_s, self.most = Path(path), mono, block_s, seconds
         _known(self.path)
         st = self.path.stat()
-        self.survey, self.file_sr, self.file_channels = _surveyed(self.path, st.st_size, st.st_mtime_ns, st.st_ino)
+        self.survey, self.file_sr, self.file_channels = _surveyed(self.path, seconds, st.st_size, st.st_mtime_ns, st.st_ino)
         self.sr, self.channels = sr or self.file_sr, 1 if mono else self.file_channels
         self.peak, self.seconds = self.survey.peak, self.survey.n/self.file_sr # largest absolute sample, length
 
     def __iter__(self):
-        blocks = _gathered(_heard(self.path, SimpleNamespace()), int(self.block_s*self.file_sr))
+        blocks = _gathered(_heard(self.path, SimpleNamespace(), self.most), int(self.block_s*self.file_sr))
         mended = (to_mono(self.survey.mend(x)) if self.mono else self.survey.mend(x) for x in blocks)
         for x in resampled(mended, self.file_sr, self.sr):
             if x.size: yield np.ascontiguousarray(x, 'f4')
@@ -418,9 +431,10 @@ def stream(
     sr:int=None, # wanted rate in Hz, None keeps the file's
     mono:bool=False, # mix the channels down
     block_s:float=30., # seconds in a block, about
+    seconds:float=math.inf, # only the start, so much or a little more; and only that is decoded
 )->Stream: # iterate over it for blocks
     "Open a sound of any length; raises `AudioError` as `read_audio` does."
-    return Stream(path, sr, mono, block_s)
+    return Stream(path, sr, mono, block_s, seconds)
 
 def probe(
     path, # any audio file
@@ -429,60 +443,37 @@ def probe(
     s = stream(path)
     return dict(seconds=s.seconds, sr=s.file_sr, channels=s.file_channels, peak=s.peak, fingerprint=s.survey.fingerprint)
 
-# %% ../nbs/11_audio.ipynb #0b9f2996
-AT_ONCE = 2**16 # samples; libsndfile's Vorbis encoder crashes the process on a block of some millions
+# %% ../nbs/11_audio.ipynb #5a1d0e01
+class Sound:
+    "A sound of any length, read or computed as it is asked for: `x[:, a:b]` is an array."
+    def __init__(self,
+        shape:tuple, # (C,N)
+        make, # start, stop -> float32 (C, stop - start)
+    ): self.shape, self.make = shape, make
 
-def write_audio(
-    path, # .wav, .flac, .ogg, .opus or .mp3
-    x:np.ndarray, # (C,N)
-    sr:int=SAMPLE_RATE, # Hz
-    subtype:str='PCM_16', # sample format of wav and flac
-)->Path: # `path`
-    "Write a sound; never clipped, never half a file."
-    path, x = Path(path), np.atleast_2d(np.asarray(x, 'f4'))
-    kinds = {'.wav': ('WAV', subtype), '.flac': ('FLAC', subtype), '.ogg': ('OGG', 'VORBIS'), '.opus': ('OGG', 'OPUS'),
-        '.mp3': ('MP3', 'MPEG_LAYER_III')}
-    if path.suffix.lower() not in kinds: raise AudioError(
-        f'{path}: cannot write {path.suffix or "a file without a suffix"}; name it {", ".join(kinds)}')
-    if not x.size or not np.isfinite(x).all(): raise AudioError(f'{path}: not written, the sound is empty or holds NaN')
-    fmt, subtype = kinds[path.suffix.lower()]
-    to = 48_000 if subtype == 'OPUS' else sr
-    x = _fit(x, sr, to, mono=False)
-    try:
-        with atomic_path(path) as p, sf.SoundFile(os.fsencode(p) if os.name == 'posix' else p, 'w', to, len(x), subtype, format=fmt) as f:
-            for a in range(0, x.shape[1], AT_ONCE): f.write(x[:, a:a + AT_ONCE].T)
-    except (sf.LibsndfileError, AssertionError): raise _unwritten(path) from None # the latter when fewer samples were written than given
-    return path
+    def __getitem__(self, where): # slices of channels and of samples
+        start, stop, _ = where[1].indices(self.shape[1])
+        return self.make(start, max(start, stop))[where[0]]
 
-def _unwritten(path): return WriteError(f'{path}: cannot be written; is the folder writable and the disk not full?')
+    def __array__(self, dtype=None, copy=None): return np.array(self[:, :], dtype)
+    def __mul__(self, gain): return Sound(self.shape, lambda a, b: self[:, a:b]*gain)
+    def __add__(self, other): return Sound(self.shape, lambda a, b: self[:, a:b] + other[:, a:b])
 
-# %% ../nbs/11_audio.ipynb #c07ee16d
-def write_stream(
-    path, # .wav or .flac
-    blocks, # iterable of (C,n) in [-1,1]
-    sr:int=SAMPLE_RATE, # Hz
-    subtype:str='PCM_16', # sample format
-)->int: # samples written
-    "Write a sound block by block; whole or not at all."
-    n, blocks = 0, iter(blocks)
-    first = next(blocks, None)
-    if first is None: raise AudioError(f'{path}: not written, the sound is empty')
-    with atomic_path(path) as p:
-        try:
-            with sf.SoundFile(os.fsencode(p) if os.name == 'posix' else p, 'w', sr, len(first), subtype, format=Path(path).suffix[1:].upper()) as f:
-                x = first
-                while x is not None:
-                    f.write(x.T)
-                    n, x = n + x.shape[1], next(blocks, None)
-        except (sf.LibsndfileError, AssertionError): raise _unwritten(path) from None
-    return n
+    def part(self,
+        channels:slice=slice(None), # which of them
+        n:int=None, # samples, from the beginning
+    ):
+        "Some channels of a sound, or its beginning."
+        _, stop, _ = slice(n).indices(self.shape[1])
+        return Sound((len(range(*channels.indices(self.shape[0]))), stop), lambda a, b: self[channels, a:b])
 
 # %% ../nbs/11_audio.ipynb #8980f14b
-class Spool:
-    "Sound of any length that waits on the disk, as floats, until its level is known."
+class Spool(Sound):
+    "Sound that comes in blocks and waits on the disk, as floats."
     def __init__(self,
-        folder, # on the disk that is to be used
-    ): self.file, self.channels = tempfile.TemporaryFile(dir=folder, buffering=0), 0
+        folder=None, # on the disk that is to be used; the system's own for such files when absent
+        short:int=2**24, # bytes that wait in memory
+    ): self.shape, self.file = (0, 0), tempfile.SpooledTemporaryFile(short, dir=folder)
     def __enter__(self): return self
     def __exit__(self, *args): self.file.close()
 
@@ -490,15 +481,60 @@ class Spool:
         x:np.ndarray, # (C,n)
     ):
         "Put a block behind the others."
-        self.channels, data = len(x), memoryview(np.ascontiguousarray(x.T, 'f4')).cast('B')
-        while data: data = data[self.file.write(data):]
+        self.file.seek(0, os.SEEK_END)
+        self.file.write(np.ascontiguousarray(x.T, 'f4').tobytes())
+        self.shape = len(x), self.shape[1] + x.shape[1]
 
-    def blocks(self,
-        n:int=2**20, # samples at a time
-    ): # yields float32 (C,n)
-        "All of it, from the beginning."
-        self.file.seek(0)
-        while b := self.file.read(4*self.channels*n): yield np.frombuffer(b, 'f4').reshape(-1, self.channels).T
+    def make(self, start, stop):
+        channels = max(1, self.shape[0])
+        self.file.seek(4*channels*start)
+        return np.frombuffer(self.file.read(4*channels*(stop - start)), 'f4').reshape(-1, channels).T
+
+# %% ../nbs/11_audio.ipynb #c07ee16d
+AT_ONCE = 2**16 # samples; libsndfile's Vorbis encoder crashes the process on a block of some millions
+
+def _kind(path, sr, subtype): # format, sample format and rate of a file to write
+    kinds = {'.wav': ('WAV', subtype, sr), '.flac': ('FLAC', subtype, sr), '.ogg': ('OGG', 'VORBIS', sr),
+        '.opus': ('OGG', 'OPUS', 48_000), '.mp3': ('MP3', 'MPEG_LAYER_III', sr)}
+    if path.suffix.lower() not in kinds: raise AudioError(
+        f'{path}: cannot write {path.suffix or "a file without a suffix"}; name it {", ".join(kinds)}')
+    return kinds[path.suffix.lower()]
+
+def write_stream(
+    path, # .wav, .flac, .ogg, .opus or .mp3
+    blocks, # iterable of (C,n) in [-1,1]
+    sr:int=SAMPLE_RATE, # Hz
+    subtype:str='PCM_16', # sample format of wav and flac
+)->int: # samples written
+    "Write a sound block by block; whole or not at all."
+    path, n = Path(path), 0
+    fmt, subtype, to = _kind(path, sr, subtype)
+    blocks = resampled(blocks, sr, to)
+    first = next(blocks, None)
+    if first is None: raise AudioError(f'{path}: not written, the sound is empty')
+    try:
+        with atomic_path(path) as p, sf.SoundFile(os.fsencode(p) if os.name == 'posix' else p, 'w', to, len(first), subtype, format=fmt) as f:
+            for x in chain([first], blocks):
+                for a in range(0, x.shape[1], AT_ONCE): f.write(x[:, a:a + AT_ONCE].T)
+                n += x.shape[1]
+    except (sf.LibsndfileError, AssertionError): # the latter when fewer samples were written than given
+        raise WriteError(f'{path}: cannot be written; is the folder writable and the disk not full?') from None
+    return n
+
+# %% ../nbs/11_audio.ipynb #0b9f2996
+def write_audio(
+    path, # .wav, .flac, .ogg, .opus or .mp3
+    x, # (C,N), an array or a `Sound`
+    sr:int=SAMPLE_RATE, # Hz
+    subtype:str='PCM_16', # sample format of wav and flac
+)->Path: # `path`
+    "Write a sound; never clipped, never half a file."
+    path, x = Path(path), x if isinstance(x, Sound) else np.atleast_2d(np.asarray(x, 'f4'))
+    to = _kind(path, sr, subtype)[2]                                     # another rate may have other peaks
+    top = np.max([np.abs(b).max(initial=0) for b in resampled(in_blocks(x), sr, to)], initial=0)
+    if not x.shape[1] or not np.isfinite(top): raise AudioError(f'{path}: not written, the sound is empty or holds NaN')
+    write_stream(path, in_blocks(x if top <= 1 else x*np.float32(1/top)), sr, subtype)
+    return path
 
 # %% ../nbs/11_audio.ipynb #39c54c2e
 class KWeighting:
@@ -561,41 +597,40 @@ class LoudnessMeter:
 
 # %% ../nbs/11_audio.ipynb #af7c495d
 def loudness(
-    x:np.ndarray, # (C,N)
+    x, # (C,N), an array or a `Sound`
     sr:int=SAMPLE_RATE, # Hz
 )->float: # LUFS, -inf for silence
     "Integrated loudness (ITU-R BS.1770); a sound below 0.4 s is measured whole."
     meter = LoudnessMeter(sr)
-    for i in range(0, x.shape[1], 30*sr): meter.add(x[:, i:i + 30*sr])   # which becomes float64
+    for p in in_blocks(x): meter.add(p)
     return meter.value
 
 def normalize_loudness(
-    x:np.ndarray, # (C,N)
+    x, # (C,N), an array or a `Sound`
     sr:int=SAMPLE_RATE, # Hz
     target:float=-20., # LUFS
     peak:float=.98, # never above this
-)->np.ndarray: # (C,N)
+): # (C,N), as `x`
     "`x` at `target` loudness; silence stays as it is."
     l = loudness(x, sr)
     if l == -np.inf: return x
-    x = x*np.float32(10**((target - l)/20))
-    return x*np.float32(min(1., peak/np.abs(x).max()))
+    return x*np.float32(min(10**((target - l)/20), peak/largest(x)))
 
 # %% ../nbs/11_audio.ipynb #e0934af7
 def mix(
-    lead:np.ndarray, # (1,N)
-    backing:np.ndarray, # (1,M); the shorter one is filled up with silence
+    lead, # (1,N), an array or a `Sound`
+    backing, # (1,M), likewise; the shorter one is filled up with silence
     sr:int=SAMPLE_RATE, # Hz
     balance_db:float=0., # lead above backing, LU
     peak:float=.98, # never above this
-)->np.ndarray: # (1, max(N,M))
+): # (1, max(N,M)), an array or a `Sound`
     "Lead over backing, the lead as loud as the backing plus `balance_db`."
     n = max(lead.shape[1], backing.shape[1])
-    lead, backing = (np.pad(v, ((0, 0), (0, n - v.shape[1]))) for v in (lead, backing))
+    lead, backing = (v if v.shape[1] == n else np.pad(v, ((0, 0), (0, n - v.shape[1]))) for v in (lead, backing))
     l, b = loudness(lead, sr), loudness(backing, sr)
     if np.isfinite(l) and np.isfinite(b): lead = lead*np.float32(10**((b + balance_db - l)/20))
     y = lead + backing
-    return (y*min(1., peak/max(np.abs(y).max(), 1e-9))).astype('f4')
+    return y*np.float32(min(1., peak/max(largest(y), 1e-9)))
 
 # %% ../nbs/11_audio.ipynb #e085c678
 def log_mel(

@@ -11,7 +11,7 @@ import json
 from functools import partial
 from pathlib import Path
 import librosa, numpy as np, soundfile as sf
-from ..audio import Spool, probe, resampled, write_stream
+from ..audio import Spool, in_blocks, probe, resampled, write_stream
 from ..config import AugmentConfig, DataConfig
 from ..files import atomic_dir, content_hash, map_parallel, prune, read_json, read_table, reason, write_jsonl
 
@@ -115,7 +115,7 @@ def make_copy(clip, info:dict, tracks:dict, # folder, and as from `read_clip`
                 for x in shifted(read, f.frames, f.channels, f.samplerate, semitones, speed, a):
                     top = max(top, float(np.abs(x).max()))
                     spool.add(x)
-        for k,spool in waiting.items(): write_stream(d/f'{k}.wav', (x/np.float32(top) for x in spool.blocks()), tracks[k]['sr'])
+        for k,spool in waiting.items(): write_stream(d/f'{k}.wav', (x/np.float32(top) for x in in_blocks(spool)), tracks[k]['sr'])
         (d/'clip.json').write_text(json.dumps(dict(info, clip=Path(out).name, duration_s=round(info['duration_s']/speed, 4), **told)))
 
 def augment_clip(clip, # folder of a clip

@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, yaml
 from fastcore.basics import patch
-from ..audio import SAMPLE_RATE, LoudnessMeter, Spool, loudness, resampled, stream, to_mono, write_stream
+from ..audio import SAMPLE_RATE, LoudnessMeter, Spool, in_blocks, loudness, resampled, stream, to_mono, write_stream
 from ..config import ConfigError, DataConfig, DemucsConfig
 from ..files import atomic_dir, content_hash, file_hash, is_name, map_parallel, read_json, read_manifest, read_tensors, write_jsonl, write_tensors
 from ..packages import needs
@@ -366,7 +366,7 @@ def write_pair(pairs, # iterable of lead, backing: (1, n) at 32 kHz
             spool.add(np.concatenate([lead, backing]))
         if not m.n: raise StemError('too short, nothing is left of it at 32 kHz')
         gain = np.float32(m.gain)
-        for i,name in enumerate(('lead', 'backing')): write_stream(Path(folder)/f'{name}.wav', (gain*x[i:i+1] for x in spool.blocks(BLOCK)))
+        for i,name in enumerate(('lead', 'backing')): write_stream(Path(folder)/f'{name}.wav', (gain*x[i:i+1] for x in in_blocks(spool, BLOCK)))
     return m
 
 # %% ../../nbs/01_stem_separation.ipynb #6cacda07

@@ -25,7 +25,7 @@ model, about = load_model()
 backing = read_backing('demo')[1]
 codec = load_codec(about['codec_name'])
 check_codec(codec.fingerprint(), about, 'checkpoint')
-backing = normalize_loudness(backing, codec.sample_rate, BACKING_LUFS)
+backing = normalize_loudness(backing, codec.sample_rate, BACKING_LUFS)[:, :]
 '''
 FIRST = READY + 'next(play_codes(model, codec.encode(torch.from_numpy(backing)[None]), [0], block=1))'
 runs = {'python': ['-c', 'pass'], 'import torch': ['-c', 'import torch'], 'import saxgpt.generate': ['-c', 'import saxgpt.generate'],
