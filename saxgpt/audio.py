@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'PLAYABLE', 'STATED', 'RATES', 'CLAIMS', 'OFFSET', 'SILENT', 'PERIOD', 'AT_ONCE', 'AudioError',
            'is_recording', 'resample', 'plot_spectrogram', 'to_mono', 'in_blocks', 'largest', 'Survey', 'is_silent',
-           'same_sound', 'read_audio', 'load_mono', 'resampled', 'Stream', 'stream', 'probe', 'Sound', 'Spool',
-           'write_stream', 'write_audio', 'KWeighting', 'LoudnessMeter', 'loudness', 'normalize_loudness', 'mix',
-           'log_mel', 'player']
+           'same_sound', 'bounded', 'read_audio', 'load_mono', 'resampled', 'Stream', 'stream', 'probe', 'Sound',
+           'Spool', 'write_stream', 'write_audio', 'KWeighting', 'LoudnessMeter', 'loudness', 'normalize_loudness',
+           'mix', 'log_mel', 'player']
 
 # %% ../nbs/11_audio.ipynb #31bfaf77
-import hashlib, io, math, os, tempfile
+import hashlib, io, math, os, tempfile, threading
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -170,9 +170,10 @@ def _heard(
                     form = form or (told.sr, len(x))
                     if form != (told.sr, len(x)): raise AudioError(
                         f'{path}: several recordings in one file, with different rates or channels; export it as one')
-                    yield x
+                    most = math.ceil(seconds*told.sr) if seconds < math.inf else n + x.shape[1]
+                    yield x[:, :most - n]
                     n += x.shape[1]
-                    if n >= seconds*(told.sr or 1): return
+                    if n >= seconds*told.sr: return
         except AudioError: raise
         except Exception as e:
             if not _undecodable(e): raise
@@ -334,7 +335,11 @@ def same_sound(
     return bool(np.linalg.norm(a - b) < .15*min(np.linalg.norm(a), np.linalg.norm(b)))
 
 # %% ../nbs/11_audio.ipynb #a892b1cc
-def _bounded(path, blocks): # the blocks; a small file may unpack to days of silence
+def bounded(
+    path, # of a file
+    blocks, # what it is decoded to
+): # yields the blocks
+    "Raise `AudioError` at more than a file warrants: a small one may unpack to days of silence."
     most, held = max(2**30, 600*Path(path).stat().st_size) if Path(path).is_file() else 0, 0
     for x in blocks:
         held += x.nbytes
@@ -349,11 +354,10 @@ def read_audio(
 )->tuple: # x float32 (C,N) in [-1,1], rate in Hz
     "Read a sound; raises `AudioError` for anything that is not a complete, finite recording."
     told, seconds = SimpleNamespace(), math.inf if seconds is None else seconds
-    pieces = list(_bounded(path, _heard(path, told, seconds)))
+    pieces = list(bounded(path, _heard(path, told, seconds)))
     rate = told.sr
     try:
         x = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, 1)
-        if seconds < math.inf: x = x[:, :math.ceil(seconds*rate)]
         del pieces
         (survey := Survey(rate)).add(x)
         x = _fit(survey.mend(x.astype('f4', copy=False)), rate, sr or rate, mono)
@@ -405,7 +409,7 @@ def resampled(
 def _surveyed(path, seconds, *version):
     "Decode a file and keep what is known of it: (`Survey`, rate, channels)."
     told, survey = SimpleNamespace(), None
-    for x in _bounded(path, _heard(path, told, seconds)):
+    for x in _heard(path, told, seconds):
         survey = survey or Survey(told.sr)
         survey.add(x)
     return survey, told.sr, len(survey.sum)
@@ -431,7 +435,7 @@ def stream(
     sr:int=None, # wanted rate in Hz, None keeps the file's
     mono:bool=False, # mix the channels down
     block_s:float=30., # seconds in a block, about
-    seconds:float=math.inf, # only the start, so much or a little more; and only that is decoded
+    seconds:float=math.inf, # only the start, and only that is decoded
 )->Stream: # iterate over it for blocks
     "Open a sound of any length; raises `AudioError` as `read_audio` does."
     return Stream(path, sr, mono, block_s, seconds)
@@ -451,9 +455,12 @@ class Sound:
         make, # start, stop -> float32 (C, stop - start)
     ): self.shape, self.make = shape, make
 
-    def __getitem__(self, where): # slices of channels and of samples
-        start, stop, _ = where[1].indices(self.shape[1])
-        return self.make(start, max(start, stop))[where[0]]
+    def __len__(self): return self.shape[0]
+    def __getitem__(self, where): # channels, or those and a slice of samples
+        channels, samples = where if isinstance(where, tuple) else (where, slice(None))
+        start, stop, step = samples.indices(self.shape[1])
+        if step != 1: raise IndexError(f'a Sound gives stretches, not one sample in {step}')
+        return self.make(start, max(start, stop))[channels]
 
     def __array__(self, dtype=None, copy=None): return np.array(self[:, :], dtype)
     def __mul__(self, gain): return Sound(self.shape, lambda a, b: self[:, a:b]*gain)
@@ -469,11 +476,13 @@ class Sound:
 
 # %% ../nbs/11_audio.ipynb #8980f14b
 class Spool(Sound):
-    "Sound that comes in blocks and waits on the disk, as floats."
+    "Sound that comes in blocks and waits on the disk, as floats; raises `WriteError` where it cannot."
     def __init__(self,
         folder=None, # on the disk that is to be used; the system's own for such files when absent
         short:int=2**24, # bytes that wait in memory
-    ): self.shape, self.file = (0, 0), tempfile.SpooledTemporaryFile(short, dir=folder)
+    ):
+        self.shape, self.where, self.turn = (0, 0), folder or tempfile.gettempdir(), threading.Lock()
+        self.file = tempfile.SpooledTemporaryFile(max(1, short), dir=folder)
     def __enter__(self): return self
     def __exit__(self, *args): self.file.close()
 
@@ -481,14 +490,21 @@ class Spool(Sound):
         x:np.ndarray, # (C,n)
     ):
         "Put a block behind the others."
-        self.file.seek(0, os.SEEK_END)
-        self.file.write(np.ascontiguousarray(x.T, 'f4').tobytes())
+        try:
+            with self.turn:
+                self.file.seek(0, os.SEEK_END)
+                self.file.write(np.ascontiguousarray(x.T, 'f4').tobytes())
+                self.file.flush()
+        except OSError as e:
+            raise WriteError(f'{self.where}: a long sound waits there while it is worked on, and cannot ({e.strerror}); free some of the disk') from None
         self.shape = len(x), self.shape[1] + x.shape[1]
 
     def make(self, start, stop):
         channels = max(1, self.shape[0])
-        self.file.seek(4*channels*start)
-        return np.frombuffer(self.file.read(4*channels*(stop - start)), 'f4').reshape(-1, channels).T
+        with self.turn:
+            self.file.seek(4*channels*start)
+            data = self.file.read(4*channels*(stop - start))
+        return np.frombuffer(data, 'f4').reshape(-1, channels).T
 
 # %% ../nbs/11_audio.ipynb #c07ee16d
 AT_ONCE = 2**16 # samples; libsndfile's Vorbis encoder crashes the process on a block of some millions
@@ -531,8 +547,8 @@ def write_audio(
     "Write a sound; never clipped, never half a file."
     path, x = Path(path), x if isinstance(x, Sound) else np.atleast_2d(np.asarray(x, 'f4'))
     to = _kind(path, sr, subtype)[2]                                     # another rate may have other peaks
-    top = np.max([np.abs(b).max(initial=0) for b in resampled(in_blocks(x), sr, to)], initial=0)
-    if not x.shape[1] or not np.isfinite(top): raise AudioError(f'{path}: not written, the sound is empty or holds NaN')
+    top = np.max([np.abs(b).max(initial=0) for b in resampled(in_blocks(x), sr, to)], initial=0) if x.shape[0] else 0
+    if not (x.shape[0] and x.shape[1] and np.isfinite(top)): raise AudioError(f'{path}: not written, the sound is empty or holds NaN')
     write_stream(path, in_blocks(x if top <= 1 else x*np.float32(1/top)), sr, subtype)
     return path
 
@@ -626,7 +642,8 @@ def mix(
 ): # (1, max(N,M)), an array or a `Sound`
     "Lead over backing, the lead as loud as the backing plus `balance_db`."
     n = max(lead.shape[1], backing.shape[1])
-    lead, backing = (v if v.shape[1] == n else np.pad(v, ((0, 0), (0, n - v.shape[1]))) for v in (lead, backing))
+    lead, backing = (
+        v if v.shape[1] == n and isinstance(v, Sound) else np.pad(np.asarray(v, 'f4'), ((0, 0), (0, n - v.shape[1]))) for v in (lead, backing))
     l, b = loudness(lead, sr), loudness(backing, sr)
     if np.isfinite(l) and np.isfinite(b): lead = lead*np.float32(10**((b + balance_db - l)/20))
     y = lead + backing

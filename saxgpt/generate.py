@@ -16,8 +16,8 @@ import librosa, numpy as np, torch
 from fastcore.script import Param
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, AudioError, Spool, is_silent, mix as mix_audio, normalize_loudness, plot_spectrogram, resample, stream as open_sound, write_audio
-from .codec import check_codec, load_codec
+from .audio import SAMPLE_RATE, SILENT, AudioError, Spool, bounded, largest, mix as mix_audio, normalize_loudness, plot_spectrogram, resample, stream as open_sound, write_audio
+from .codec import CodecError, check_codec, load_codec
 from .config import command, demo_backing
 from .files import output_path, printable, read_json, save_picture
 from .metrics import chord_tone_share, code_counts, total_variation
@@ -33,7 +33,9 @@ BACKING_LUFS = -23. # loudness of a backing beside a solo when both together hav
 
 class Samples:
     "A sound as codecs take it: it has a length, and its slices are tensors (n,)."
-    def __init__(self, x): self.x = x # (1, N), an array or a `Sound`
+    def __init__(self, x): # (1, N), an array or a `Sound`
+        if x.shape[0] != 1: raise CodecError(f'encode: given {x.shape[0]} channels; mix them down to one')
+        self.x = x
     def __len__(self): return self.x.shape[1]
     def __getitem__(self, where): return torch.from_numpy(np.array(self.x[:1, where][0]))
 
@@ -259,8 +261,11 @@ def read_sound(
 ) -> Spool: # (1, N), 32 kHz
     "A sound to play with: mono, and not silent."
     x, most = Spool(folder), int(seconds*SAMPLE_RATE) if seconds else sys.maxsize
-    for y in open_sound(path, SAMPLE_RATE, mono=True, seconds=seconds + 1 if seconds else math.inf): x.add(y[:, :most - x.shape[1]])
-    if is_silent(x): raise AudioError(f'{path}: silent, nothing in {"its beginning" if seconds else "it"} is above -70 dBFS; give another recording')
+    blocks = open_sound(path, SAMPLE_RATE, mono=True, seconds=seconds + 1 if seconds else math.inf)
+    for y in bounded(path, blocks): x.add(y[:, :most - x.shape[1]])
+    top = largest(x)
+    if most and not x.shape[1] or not math.isfinite(top): raise AudioError(f'{path}: too short to be played over, or samples beyond all measure; export it again')
+    if top < SILENT: raise AudioError(f'{path}: silent, nothing in {"its beginning" if seconds else "it"} is above -70 dBFS; give another recording')
     return x
 
 def read_backing(
@@ -361,7 +366,7 @@ def play(
     model, about = load_model(checkpoint, 'cuda' if torch.cuda.is_available() else 'cpu')
     chosen, settings = settings.get('guidance') is not None, settled(settings, model.cfg.condition_dropout)
     if light: model = lighten(model)
-    here = next((p for p in Path(out).absolute().parents if os.access(p, os.W_OK)), None)
+    here = next((p for p in Path(out).absolute().parents if p.is_dir() and os.access(p, os.W_OK | os.X_OK)), None)
     src, x, truth = read_backing(backing, seconds, here)
     first = None if prompt is None else read_sound(prompt, folder=here)
     if first is not None and first.shape[1] >= x.shape[1]: raise ValueError(f'{prompt}: is as long as the backing, which leaves nothing to play')
