@@ -75,19 +75,12 @@ prepare: env
 lab: env
 	$(V)/jupyter lab nbs
 
-# The bundled codec and model from nothing: about ten hours on two cores, 90 GB of disk. First in a small world, of one trio in one room: the codec
-# hears 5 h; then come short windows, where attention is cheap, of tunes on nine forms and of tunes with changes of their own, and the full 30 s.
-# From there on in the wide world, with codec and model beginning where they are. FONTS: a folder of soundfonts; which are missing is said.
-FONTS ?= data/fonts
-WIDE := data/wide
-CODES = $(V)/saxgpt demo --out $(WIDE) --codes --codec models/wide-codec
-HELD := --without-feels shuffle,mambo --without-bands 'organ trio,vibraphone trio'
+# The bundled codec and model from nothing: about six hours on two cores, 90 GB of disk. The codec hears 5 h. Then come short windows, where
+# attention is cheap, first of tunes on nine forms, then of tunes with changes of their own; and at last the full 30 s.
 FORMS := data/forms
 DEMO := data/demo
 SHORT := $(DEMO)/7_short
 TRAIN = $(V)/saxgpt train --config demo --ddp --num-gpus 2
-WIDER = $(V)/saxgpt train --config demo data.train_path=$(WIDE)/7_datasets/train.safetensors data.val_path=$(WIDE)/7_datasets/val.safetensors \
-	training.batch_size=8 training.precision=fp32 training.ema_decay=0.99 training.scheduler.warmup_steps=50 training.val_interval=200
 weights: env
 	$(V)/saxgpt demo --out $(FORMS)/corpus --minutes 300 --seed 1 --drawn 0
 	$(V)/python -m saxgpt.training.codec --corpus $(FORMS)/corpus --out saxgpt/weights/mel-rvq
@@ -108,24 +101,10 @@ weights: env
 	$(V)/python -m saxgpt.training.checkpoint models/short/checkpoints/last models/short/weights
 	$(TRAIN) training.resume_from_checkpoint=models/short/weights training.max_steps=1200 training.batch_size=1 training.optimizer.lr=0.001 \
 		training.scheduler.warmup_steps=50 training.history.first=0.1 training.val_interval=400
-	$(V)/python -m saxgpt.training.checkpoint models/demo/checkpoints/best models/demo/weights
-	$(V)/saxgpt demo --world wide --fonts $(FONTS) --out $(WIDE)/sound/wide --minutes 240 --seed 1
-	$(V)/saxgpt demo --out $(WIDE)/sound/plain --minutes 42 --seed 1
-	$(V)/python -m saxgpt.training.codec --corpus $(WIDE)/sound --out models/wide-codec --frames 240000 --start saxgpt/weights/mel-rvq
-	$(V)/python -m saxgpt.training.spectra --codec models/wide-codec --corpus $(WIDE)/sound --start saxgpt/weights/mel-rvq --steps 6000
-	$(CODES) --world wide --fonts $(FONTS) --minutes 480 --seed 11 $(HELD) --without-fonts FluidR3
-	$(CODES) --world wide --fonts $(FONTS) --minutes 600 --seed 12 $(HELD)
-	$(CODES) --minutes 150 --seed 1
-	sed 's,$(DEMO),$(WIDE),; s,codec: bundled,codec: models/wide-codec,' saxgpt/configs/data/demo.yaml > $(WIDE)/wide.yaml
-	$(V)/saxgpt pipeline --config $(WIDE)/wide.yaml --only dataset dataset.seq_len=500 dataset.stride=250
-	$(WIDER) training.output_dir=models/wide training.resume_from_checkpoint=models/demo/weights training.embeddings_from=models/wide-codec \
-		training.max_steps=1871 training.scheduler.total_steps=20000 training.history.hold=300 training.history.ramp=700 training.history.first=0.4
-	$(V)/python -m saxgpt.training.checkpoint models/wide/checkpoints/last models/wide/weights
-	$(WIDER) training.output_dir=models/settled training.resume_from_checkpoint=models/wide/weights training.embeddings_from=models/wide-codec \
-		training.max_steps=580 training.optimizer.lr=0.0015 training.scheduler.warmup_steps=30 training.history.first=0.1
-	$(V)/python -m saxgpt.training.checkpoint models/settled/checkpoints/last saxgpt/weights/xsmall --dataset $(WIDE)/7_datasets/train.safetensors
-	cp models/wide-codec/codec.json models/wide-codec/codec.safetensors saxgpt/weights/mel-rvq/
-	$(V)/saxgpt worlds --fonts $(FONTS) --test
+	$(V)/python -m saxgpt.training.checkpoint models/demo/checkpoints/best saxgpt/weights/xsmall \
+		--dataset $(DEMO)/7_datasets/train.safetensors
+	$(V)/saxgpt sweep --config demo --checkpoint saxgpt/weights/xsmall --output-dir out/sweep --n 24 && cp out/sweep/sweep.json saxgpt/weights/xsmall/
+	$(V)/saxgpt evaluate --config demo --checkpoint saxgpt/weights/xsmall
 
 image:
 	@test -n "$(IMAGE)" || { echo "make image: give it a name, IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG"; exit 2; }
