@@ -11,12 +11,13 @@ def _look_elsewhere_first():
 _look_elsewhere_first()
 
 import signal
-from .packages import lend_caches
-
-lend_caches()
 
 # `python -m saxgpt.NAME` loads for a second or two; a Ctrl-C in that time ends it without a traceback. `saxgpt.config.command` listens again.
 if sys.argv[:1] == ['-m'] and signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from .packages import lend_caches
+
+lend_caches()
 
 # `python -m saxgpt.NAME --help` imports no more than its help needs, see nbs/15_cli.ipynb.
 if (sys.argv[:1] == ['-m'] and {'-h', '--help'} & {*sys.argv}
