@@ -279,13 +279,13 @@ class Survey:
         x:np.ndarray, # (C,n), the next block
     ):
         "Go on with the next block."
-        for i in range(0, x.shape[1], 2**20):
-            y = x[:, i:i + 2**20].astype('f8')
+        for part in in_blocks(x):
+            y = part.astype('f8')
             self.sum, self.products = self.sum + y.sum(1), self.products + y@y.T
             self.low, self.high = np.minimum(self.low, y.min(1)), np.maximum(self.high, y.max(1))
             before = self.n % PERIOD
             y = np.pad(y, ((0, 0), (before, -(before + y.shape[1]) % PERIOD)))
-            self.fold, self.n = self.fold + y.reshape(len(y), -1, PERIOD).sum(1), self.n + min(2**20, x.shape[1] - i)
+            self.fold, self.n = self.fold + y.reshape(len(y), -1, PERIOD).sum(1), self.n + part.shape[1]
 
     @property
     def offset(self): # (C,1)
@@ -531,7 +531,7 @@ def write_stream(
     try:
         with atomic_path(path) as p, sf.SoundFile(os.fsencode(p) if os.name == 'posix' else p, 'w', to, len(first), subtype, format=fmt) as f:
             for x in chain([first], blocks):
-                for a in range(0, x.shape[1], AT_ONCE): f.write(x[:, a:a + AT_ONCE].T)
+                for y in in_blocks(x, AT_ONCE): f.write(y.T)
                 n += x.shape[1]
     except (sf.LibsndfileError, AssertionError): # the latter when fewer samples were written than given
         raise WriteError(f'{path}: cannot be written; is the folder writable and the disk not full?') from None
@@ -547,7 +547,7 @@ def write_audio(
     "Write a sound; never clipped, never half a file."
     path, x = Path(path), x if isinstance(x, Sound) else np.atleast_2d(np.asarray(x, 'f4'))
     to = _kind(path, sr, subtype)[2]                                     # another rate may have other peaks
-    top = np.max([np.abs(b).max(initial=0) for b in resampled(in_blocks(x), sr, to)], initial=0) if x.shape[0] else 0
+    top = np.max([largest(b) for b in resampled(in_blocks(x), sr, to)], initial=0) if x.shape[0] else 0
     if not (x.shape[0] and x.shape[1] and np.isfinite(top)): raise AudioError(f'{path}: not written, the sound is empty or holds NaN')
     write_stream(path, in_blocks(x if top <= 1 else x*np.float32(1/top)), sr, subtype)
     return path

@@ -16,7 +16,7 @@ import librosa, numpy as np, torch
 from fastcore.script import Param
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, SILENT, AudioError, Spool, bounded, largest, mix as mix_audio, normalize_loudness, plot_spectrogram, resample, stream as open_sound, write_audio
+from .audio import SAMPLE_RATE, AudioError, Spool, bounded, is_silent, largest, mix as mix_audio, normalize_loudness, plot_spectrogram, resample, stream as open_sound, write_audio
 from .codec import CodecError, check_codec, load_codec
 from .config import command, demo_backing
 from .files import output_path, printable, read_json, save_picture
@@ -263,9 +263,8 @@ def read_sound(
     x, most = Spool(folder), int(seconds*SAMPLE_RATE) if seconds else sys.maxsize
     blocks = open_sound(path, SAMPLE_RATE, mono=True, seconds=seconds + 1 if seconds else math.inf)
     for y in bounded(path, blocks): x.add(y[:, :most - x.shape[1]])
-    top = largest(x)
-    if most and not x.shape[1] or not math.isfinite(top): raise AudioError(f'{path}: too short to be played over, or samples beyond all measure; export it again')
-    if top < SILENT: raise AudioError(f'{path}: silent, nothing in {"its beginning" if seconds else "it"} is above -70 dBFS; give another recording')
+    if most and not x.shape[1] or not math.isfinite(largest(x)): raise AudioError(f'{path}: too short to be played over, or samples beyond all measure; export it again')
+    if is_silent(x): raise AudioError(f'{path}: silent, nothing in {"its beginning" if seconds else "it"} is above -70 dBFS; give another recording')
     return x
 
 def read_backing(
