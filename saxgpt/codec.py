@@ -6,9 +6,9 @@
 __all__ = ['CHUNK', 'HUSH_DB', 'HALF', 'ROUNDING', 'HUB_REPO', 'ENCODEC_32KHZ', 'AVERAGES', 'CONTEXT', 'CodecError',
            'CodecMismatch', 'Codec', 'check_wav', 'check_codes', 'check_lengths', 'part', 'check_codec', 'MelSettings',
            'mel_bands', 'magnitudes', 'log_mel_frames', 'nearest', 'quantize', 'dequantize', 'linear_spectra',
-           'peak_phases', 'griffin_lim', 'chunk_frames', 'MelCodec', 'check_target', 'import_encodec', 'encodec_layers',
-           'known_settings', 'to_encodec', 'in_chunks', 'at_lstm', 'Feed', 'by_length', 'lstm_step', 'EncodecCodec',
-           'exact', 'from_folder', 'fetch', 'load_codec']
+           'peak_phases', 'griffin_lim', 'quantized', 'PitchCodec', 'chunk_frames', 'MelCodec', 'check_target',
+           'import_encodec', 'encodec_layers', 'known_settings', 'to_encodec', 'in_chunks', 'at_lstm', 'Feed',
+           'by_length', 'lstm_step', 'EncodecCodec', 'exact', 'from_folder', 'fetch', 'load_codec']
 
 # %% ../nbs/04a_codec.ipynb #926e6d74
 import json, math, re
@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .config import weights_dir
+from .constant_q import PitchAnalysis, PitchSettings
 from .files import atomic_dir, content_hash, output_path, read_json, read_weights, unfilled, write_tensors
 from .packages import needs, without_warnings
 from .spectra import Spectra, load_spectra
@@ -46,6 +47,8 @@ class Codec(nn.Module):
     def vectors(self)->torch.Tensor: raise NotImplementedError         # what the codes stand for: (K,cardinality,D), summed over K
     @property
     def voice(self)->str: return self.hash                              # of all that decoding depends on
+    @property
+    def for_backing(self): return self                                  # the codec that makes the codes of a backing
 
 # %% ../nbs/04a_codec.ipynb #24455148
 def check_wav(
@@ -96,6 +99,18 @@ def encode_many(self:Codec,
     "Codes of many sounds of any lengths."
     check_lengths(sounds)
     with torch.no_grad(): return [self.encode_item(s) for s in sounds]
+
+@patch
+def encode_pairs(self:Codec,
+    pairs:list, # of a lead and its backing, as for `encode_many`
+    pieces:int=1, # chunks to compute at a time, where a codec can
+)->list: # of the codes of both, (K,T) each
+    "Codes of leads, and of backings by the codec that is for them."
+    if self.for_backing is self:
+        codes = self.encode_many([x for pair in pairs for x in pair], pieces)
+        return list(zip(codes[::2], codes[1::2]))
+    leads, backings = zip(*pairs)
+    return list(zip(self.encode_many(leads, pieces), self.for_backing.encode_many(backings, pieces)))
 
 def check_lengths(
     sounds:list, # as above
@@ -281,6 +296,50 @@ def griffin_lim(
         z, last = y*ahead/(ahead.abs() + 1e-8), found
     return torch.istft(z, length=length, **args)[HALF//2:-(HALF//2)]
 
+# %% ../nbs/04a_codec.ipynb #b1c0de02
+def quantized(
+    codec, # with `books`, and `chunk` frames to be analysed at a time
+    x, # (N,), as for `encode_many`
+    around:int, # frames to either side that a frame depends on
+    frames, # (n,) -> (T,D)
+)->torch.Tensor: # (K,T) int64
+    "Codes of a sound, chunk by chunk."
+    codes = []
+    for start in range(0, -(-len(x)//codec.hop), codec.chunk):
+        before, stop = min(start, around), start + codec.chunk
+        f = frames(part(codec, x, (start - before)*codec.hop, (stop + around)*codec.hop))
+        codes.append(quantize(f[before:before + codec.chunk], codec.books))
+    return torch.cat(codes, 1)
+
+class PitchCodec(Codec):
+    "Pitches and strokes of a backing as codes: `pitch-rvq`, which only encodes."
+    name = 'pitch-rvq'
+
+    def __init__(self,
+        books:torch.Tensor, # (K,E,D): three of pitches, one of strokes
+        settings:PitchSettings=PitchSettings(), # the analysis
+        chunk_len_s:float=CHUNK, # s of sound to analyse at a time; changes memory, not codes
+    ):
+        super().__init__()
+        self.analysis, self.settings, self.chunk = PitchAnalysis(settings), settings, chunk_frames(chunk_len_s)
+        if books.ndim != 3 or books.shape[0] != 4 or books.shape[2] != self.analysis.width: raise CodecError(
+            f'pitch-rvq: given books of shape {tuple(books.shape)}; they are (4, entries, {self.analysis.width})')
+        self.cardinality = books.shape[1]
+        self.register_buffer('books', books.half().double())
+        self.hash = content_hash(asdict(settings), self.books.half().numpy().tobytes())
+
+    @property
+    def vectors(self): return self.books # (K,E,D)
+
+    def encode_item(self, x): return quantized(self, x, self.analysis.context, self.analysis)   # (N,) -> (K,T)
+
+    def decode_item(self, codes): raise CodecError('pitch-rvq: the codes of a backing name pitches and strokes, and cannot be played')
+
+    def sounding(self, codes): # (B,K,T) -> (B,T)
+        strokes = self.books[3, codes[:, 3].to(self.device), self.settings.pitches:].unflatten(-1, (2, 2, 8))
+        power = (4*strokes[..., 0, :]).exp().sub(1e-6).clamp(min=0).sum(-1).mean(-1)
+        return 10*torch.log10(power + 1e-20) >= HUSH_DB
+
 # %% ../nbs/04a_codec.ipynb #9ef18e3a
 def chunk_frames(
     chunk_len_s:float, # s
@@ -300,6 +359,7 @@ class MelCodec(Codec):
         card:dict=None, # how the books were made
         chunk_len_s:float=CHUNK, # s of sound to analyse at a time; changes memory, not codes
         spectra:Spectra=None, # what makes spectra of bands, when decoding; the update rule when absent
+        backing:PitchCodec=None, # what makes the codes of backings; this codec itself when absent
     ):
         super().__init__()
         if books.shape[0] != 4 or books.shape[2] != 2*settings.n_mels: raise CodecError(
@@ -309,11 +369,15 @@ class MelCodec(Codec):
         self.register_buffer('window', torch.hann_window(settings.n_fft, dtype=torch.float64))
         self.register_buffer('bands', mel_bands(settings))
         self.register_buffer('inverse', torch.linalg.pinv(self.bands).float())
-        self.hash = content_hash(asdict(settings), self.books.half().numpy().tobytes())
-        self.spectra = spectra
+        if backing and backing.cardinality != self.cardinality: raise CodecError(
+            f'mel-rvq: given books of {self.cardinality} entries for leads, and of {backing.cardinality} for backings; they must have as many')
+        self.hash = content_hash(asdict(settings), self.books.half().numpy().tobytes(), *([backing.hash] if backing else []))
+        self.spectra, self.backing = spectra, backing
 
     @property
     def vectors(self): return self.books # (K,E,2M)
+    @property
+    def for_backing(self): return self.backing or self
     @property
     def silent(self): return self.level_db(self.books[0]) < HUSH_DB     # (E,)
 
@@ -328,12 +392,8 @@ class MelCodec(Codec):
     def voice(self): return content_hash(self.hash, *(v.cpu().numpy().tobytes() for v in self.spectra.half_state().values())) if self.spectra else self.hash
 
     def encode_item(self, x): # (N,) -> (K,T)
-        around, codes = -(-self.settings.n_fft//(2*self.hop)), []      # frames to either side that a window reaches into
-        for start in range(0, -(-len(x)//self.hop), self.chunk):
-            before, stop = min(start, around), start + self.chunk
-            f = log_mel_frames(part(self, x, (start - before)*self.hop, (stop + around)*self.hop), self.window, self.bands, self.settings.floor)
-            codes.append(quantize(f[before:before + self.chunk], self.books))
-        return torch.cat(codes, 1)
+        around = -(-self.settings.n_fft//(2*self.hop))                 # frames to either side that a window reaches into
+        return quantized(self, x, around, lambda x: log_mel_frames(x, self.window, self.bands, self.settings.floor))
 
     def frames_to_sound(self, f): # (T,2M) -> (T*640,)
         mel = f.float().reshape(-1, self.settings.n_mels)
@@ -365,8 +425,10 @@ def save(self:MelCodec,
     "Write `codec.safetensors` and `codec.json`."
     with atomic_dir(check_target(folder)) as d:
         net = self.spectra.half_state() if self.spectra else {}
-        write_tensors(d/'codec.safetensors', dict(books=self.books.half()) | {f'spectra.{k}': v for k, v in net.items()})
+        more = {'backing.books': self.backing.books.half()} if self.backing else {}
+        write_tensors(d/'codec.safetensors', dict(books=self.books.half()) | more | {f'spectra.{k}': v for k, v in net.items()})
         told = dict(codec=self.name, hash=self.hash, voice=self.voice, settings=asdict(self.settings), card=self.card)
+        if self.backing: told |= dict(backing=asdict(self.backing.settings))
         (d/'codec.json').write_text(json.dumps(told, indent=1) + '\n')
 
 # %% ../nbs/04a_codec.ipynb #26e5a6ff
@@ -383,7 +445,9 @@ def load(cls:MelCodec,
     except OSError as e: raise CodecError(f'{folder}: holds no codec ({Path(e.filename or folder).name}: {e.strerror})') from None
     except ValueError as e: raise CodecError(f'{folder}: the codec is damaged; fetch or fit it again ({e})') from None
     try:
-        codec = cls(tensors.pop('books'), MelSettings(**told['settings']), told.get('card'), chunk_len_s)
+        backing = told.get('backing')
+        if backing is not None: backing = PitchCodec(tensors.pop('backing.books'), PitchSettings(**backing), chunk_len_s)
+        codec = cls(tensors.pop('books'), MelSettings(**told['settings']), told.get('card'), chunk_len_s, backing=backing)
         net = {k.removeprefix('spectra.'): v for k, v in tensors.items()}
         if net: codec.spectra = load_spectra(net, codec.bands, codec.settings.floor)
     except (ValueError, LookupError, TypeError, RuntimeError) as e:

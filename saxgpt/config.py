@@ -189,6 +189,7 @@ class ModelConfig(Section):
     positions: Literal['sinusoidal', 'rotary'] = field('sinusoidal', 'how steps are told apart: added to the input, or turned into queries and keys')
     fusion: Literal['cross', 'aligned'] = field('aligned', '`aligned` adds the backing of the same instant to the decoder input')
     condition_dropout: float = field(.1, 'share of training items that hear no backing', ge=0, lt=1)
+    separate_embeddings: bool = field(False, 'one embedding for the codes of leads and another for those of backings, as a codec needs that codes them differently')
 
     @model_validator(mode='after')
     def _fits(self):

@@ -335,7 +335,7 @@ def _encode_recording(job, codec):
     if frames: return path.stem, frames
     path.unlink(missing_ok=True)
     tune = _compose(full_seed, seconds, how, planned)
-    codes = codec.encode_many([torch.from_numpy(x[0]) for x in render(tune)])
+    codes, = codec.encode_pairs([[torch.from_numpy(x[0]) for x in render(tune)]])
     write_text(truth, json.dumps(truth_of(tune, backing=False)))
     info = dict(clip=path.stem, recording=path.stem, start_s=0., stop_s=tune.duration)
     return path.stem, save_codes(path, info, *codes, codec)

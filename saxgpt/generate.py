@@ -41,7 +41,7 @@ class Samples:
 
 @torch.inference_mode()
 def listen(
-    codec, # The one the model was trained with
+    codec, # The one the model was trained with; its `for_backing`, if the sound is one
     x, # Sound (1, N), 32 kHz: an array or a `Sound`
 ) -> Tensor: # Codes (1, K, T)
     "The codes of a sound, at the level that the model knows."
@@ -76,10 +76,10 @@ def sound(
 class Heard:
     "The codes of a long sound, stretch by stretch as they are asked for."
     def __init__(self,
-        codec, # The one the model was trained with
+        codec, # The one the model was trained with; its `for_backing`, if the sound is one
         x, # Sound (1, N), 32 kHz: an array or a `Sound`
         before:int=250, # Frames that are coded with a stretch, before it
-        after:int=8, # and after it
+        after:int=16, # and after it
     ):
         self.codec, self.x = codec, Samples(normalize_loudness(x, codec.sample_rate, BACKING_LUFS))
         self.shape, self.before, self.after = (1, codec.n_codebooks, -(-x.shape[1]//codec.hop)), before, after
@@ -102,7 +102,7 @@ def stream(
 ): # yields sound (1, N), together as long as the backing
     "A solo over a backing, heard while it is being played."
     frames = max(1, round(seconds*codec.frame_rate))
-    blocks = play_codes(model, Heard(codec, x), [seed], None if prompt is None else listen(codec, prompt), block=frames,
+    blocks = play_codes(model, Heard(codec.for_backing, x), [seed], None if prompt is None else listen(codec, prompt), block=frames,
                         **dict(codec=codec) | settings)
     left = x.shape[1]
     for y in sound(codec, blocks, piece=frames, around=min(10, frames)):
@@ -122,7 +122,7 @@ def improvise(
     "Solos over a backing, sound to sound."
     blocks, done = [], 0
     try:
-        for b in play_codes(model, listen(codec, x), seeds, None if prompt is None else listen(codec, prompt),
+        for b in play_codes(model, listen(codec.for_backing, x), seeds, None if prompt is None else listen(codec, prompt),
                             **dict(codec=codec) | settings):
             blocks.append(b)
             done += b.shape[2]
@@ -142,6 +142,7 @@ def distance_to_corpus(
     backings:dict, # `backings` of the checkpoint
 ) -> float: # total variation, from 0 to 1; NaN where the backing is too short
     "How far the codes of a backing are from those of the training set, mean over pieces."
+    codec = codec.for_backing
     coded, size = Heard(codec, x), backings['piece']
     T = coded.shape[2]
     starts = np.linspace(0, max(0, T - size), min(PIECES, max(1, T//size))).astype(int)

@@ -115,11 +115,12 @@ class Row:
     def played(self, i):
         model, codec, settings, chosen, who = self.player
         def work():
-            coded = listen(codec, self.hear(i).backing)
+            coded = listen(codec.for_backing, self.hear(i).backing)
             known, own = model.about['backings'], settings
             if known: own, _ = notice_strange(distance_to_corpus(codec, self.hear(i).backing, known), known, settings, chosen)
             codes = generate_codes(model, coded, [i], codec=codec, **own)
-            beats = longest_silence(*(codec.sounding(c)[0].cpu().numpy() for c in (codes, coded)))/50*self.truths()[i]['bpm']/60
+            heard = [c.sounding(of)[0].cpu().numpy() for c, of in ((codec, codes), (codec.for_backing, coded))]
+            beats = longest_silence(*heard)/50*self.truths()[i]['bpm']/60
             sound = codec.decode(codes)[0].cpu().numpy()
             return self.scores(i, sound) | dict(silence=beats/FEELS[self.truths()[i]['feel']].meter)
         return self.store('played', [*self.made_by, self.n, i, who, settings], work)

@@ -23,7 +23,7 @@ modules = sorted(p for p in (root/'saxgpt').rglob('*.py') if p.name not in ('__i
 # Each room may import from the rooms before it; rooms of one line do not import one another unless listed in `inside`.
 layers = [
     {'packages', 'words'},
-    {'config', 'files', 'remote', 'audio', 'containers', 'patterns', 'sampling', 'metrics', 'spectra'},
+    {'config', 'files', 'remote', 'audio', 'containers', 'patterns', 'sampling', 'metrics', 'spectra', 'constant_q'},
     {'music'},
     {'codec', 'demo', 'data', 'model'},
     {'training', 'monitor'},

@@ -75,7 +75,7 @@ def tokenize(
 )->int: # T, frames
     "Read, encode and write one clip."
     info, tracks = open_clip(Path(clip))
-    try: return save_codes(Path(codes_dir)/f'{Path(clip).name}.safetensors', info, *codec.encode_many(tracks), codec)
+    try: return save_codes(Path(codes_dir)/f'{Path(clip).name}.safetensors', info, *codec.encode_pairs([tracks])[0], codec)
     finally:
         for t in tracks: t.close()
 
@@ -132,10 +132,10 @@ class Groups:
     def encode(self, opened, fn): # yields (clip, result or exception)
         good = {clip: o for clip, o in opened.items() if not isinstance(o, Exception)}
         yield from ((clip, o) for clip, o in opened.items() if clip not in good)
-        codes = caught(self.codec.encode_many, [t for _, tracks in good.values() for t in tracks], self.pieces)
+        codes = caught(self.codec.encode_pairs, [tracks for _, tracks in good.values()], self.pieces)
         for i, (clip, (info, tracks)) in enumerate(good.items()):
             path = self.codes_dir/f'{clip.name}.safetensors'
-            yield clip, caught(fn, clip) if isinstance(codes, Exception) else caught(save_codes, path, info, *codes[2*i:2*i + 2], self.codec)
+            yield clip, caught(fn, clip) if isinstance(codes, Exception) else caught(save_codes, path, info, *codes[i], self.codec)
             for t in tracks: t.close()
 
 # %% ../../nbs/04_tokenization.ipynb #50c65c1f

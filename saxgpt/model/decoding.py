@@ -154,8 +154,8 @@ def look(self:SilenceControl,
     backing:Tensor, # codes (B, K, f) beside them
 ):
     "Take in what has been played, and set the weights of what comes next."
-    f, sounding = lead.shape[2], lambda c: self.codec.sounding(c).sum(1).to(lead.device)
-    note, reason = sounding(lead) >= 3, sounding(backing)*2 < f
+    f, heard = lead.shape[2], lambda codec, c: codec.sounding(c).sum(1).to(lead.device)
+    note, reason = heard(self.codec, lead) >= 3, heard(self.codec.for_backing, backing)*2 < f
     self.rest = torch.where(note, 0, self.rest + f*~reason)
     above = ((self.rest - PATIENCE)//AGAIN + 1).clamp(0, len(RISE))
     self.owed = torch.where(above > 0, PATIENCE, (self.owed - f*note).clamp(min=0))

@@ -50,7 +50,9 @@ class SaxGPT(nn.Module):
         sizes = dict(d_model=D, nhead=cfg.nhead, dim_feedforward=cfg.dim_feedforward, dropout=cfg.dropout,
                      activation=cfg.activation, norm_first=cfg.norm_first, turn=None)
         if cfg.positions == 'rotary': sizes['turn'] = Rotary(cfg.max_seq_len, D//cfg.nhead)
-        self.embed = CodebookEmbedding(cfg.num_codebooks, cfg.vocab_size, D, cfg.scale_embeddings)
+        tables = cfg.num_codebooks, cfg.vocab_size, D, cfg.scale_embeddings
+        self.embed = CodebookEmbedding(*tables)
+        self.embed_backing = CodebookEmbedding(*tables) if cfg.separate_embeddings else None   # the same
         self.places, self.drop = Positions(cfg.max_seq_len, D) if cfg.positions == 'sinusoidal' else None, nn.Dropout(cfg.dropout)
         self.encoder, self.decoder = Encoder(cfg.num_encoder_layers, **sizes), Decoder(cfg.num_decoder_layers, **sizes)
         self.heads = CodebookHeads(D, cfg.num_codebooks, cfg.vocab_size - 1)
@@ -58,9 +60,9 @@ class SaxGPT(nn.Module):
         self.fuse = nn.Linear(D, D, bias=False) if cfg.fusion == 'aligned' else None
         if self.fuse: nn.init.normal_(self.fuse.weight, std=D**-.5)
 
-    def steps(self, codes, start=0):
+    def steps(self, codes, start=0, embed=None):
         "Vectors (B, S, D) of delayed codes (B, K, S) whose first step is `start`"
-        x = self.embed(codes)
+        x = (embed or self.embed)(codes)
         return self.drop(self.places(x, start) if self.places else x)
 
 # %% ../../nbs/06_model.ipynb #2001b4a0
@@ -71,7 +73,7 @@ def encode(self:SaxGPT,
 ) -> Memory:
     "Listen to the backing."
     mask = real_steps(backing, self.cfg.padding_idx, padded)
-    return Memory(self.encoder(self.steps(backing), mask), mask)
+    return Memory(self.encoder(self.steps(backing, embed=self.embed_backing), mask), mask)
 
 @patch
 def forward(self:SaxGPT,

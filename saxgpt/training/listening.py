@@ -38,13 +38,16 @@ def embed_vectors(
 ):
     "Begin with the codec's vectors; raises `CodecMismatch` when codes and codec do not belong together."
     check_codec(codec.fingerprint(), data.fingerprint, f'training.embeddings_from: {data.path}')
-    codes = torch.cat([torch.as_tensor(c[:, ::max(1, 2*c.shape[1]//frames)].astype('int64')) for c in (data.backing, data.lead)], 1)
-    books = codec.vectors.float().cpu().clone()
-    mean, turn = principal_axes(sum(b[c] for b, c in zip(books, codes)), model.cfg.d_model)
-    books[0] -= mean                                                 # once in the sum
-    v = books @ turn
-    table = model.embed.table.weight.unflatten(0, (model.cfg.num_codebooks, -1))[:, :v.shape[1], :v.shape[2]]
-    table.mul_(noise).add_((1 - noise**2)**.5*v.to(table)/model.embed.scale)
+    some = lambda c: torch.as_tensor(c[:, ::max(1, 2*c.shape[1]//frames)].astype('int64'))
+    if not model.cfg.separate_embeddings: tables = [(model.embed, codec, torch.cat([some(data.backing), some(data.lead)], 1))]
+    else: tables = [(model.embed, codec, some(data.lead)), (model.embed_backing, codec.for_backing, some(data.backing))]
+    for embedding, c, codes in tables:
+        books = c.vectors.float().cpu().clone()
+        mean, turn = principal_axes(sum(b[i] for b, i in zip(books, codes)), model.cfg.d_model)
+        books[0] -= mean                                             # once in the sum
+        v = books @ turn
+        table = embedding.table.weight.unflatten(0, (model.cfg.num_codebooks, -1))[:, :v.shape[1], :v.shape[2]]
+        table.mul_(noise).add_((1 - noise**2)**.5*v.to(table)/embedding.scale)
 
 # %% ../../nbs/07i_listening.ipynb #7b4d4863
 def missed_at(
