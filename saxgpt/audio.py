@@ -6,7 +6,7 @@
 __all__ = ['SAMPLE_RATE', 'PLAYABLE', 'STATED', 'RATES', 'CLAIMS', 'OFFSET', 'SILENT', 'PERIOD', 'AT_ONCE', 'AudioError',
            'is_recording', 'resample', 'plot_spectrogram', 'to_mono', 'in_blocks', 'largest', 'Survey', 'is_silent',
            'same_sound', 'bounded', 'read_audio', 'load_mono', 'resampled', 'Stream', 'stream', 'probe', 'Sound',
-           'Spool', 'write_stream', 'write_audio', 'KWeighting', 'LoudnessMeter', 'loudness', 'normalize_loudness',
+           'TempAudio', 'write_stream', 'write_audio', 'KWeighting', 'LoudnessMeter', 'loudness', 'normalize_loudness',
            'mix', 'log_mel', 'player']
 
 # %% ../nbs/11_audio.ipynb #31bfaf77
@@ -20,7 +20,7 @@ import librosa, numpy as np, soundfile as sf, soxr
 
 from .containers import CHUNKS, Part, Window, after_tags, begins, parts
 from .files import WriteError, atomic_path
-from .words import say
+from .words import notify
 
 # %% ../nbs/11_audio.ipynb #17604ea5
 SAMPLE_RATE = 32_000 # Hz, of everything that becomes codes
@@ -133,7 +133,7 @@ def _complete(
     if 0 < part.samples < n: _say(f'{path}: its header knows of {part.samples/told.sr:.1f} s only; all {got:.1f} s of it are used')
     if part.lost: _say(f'{path}: damaged, a page of it is missing or broken; the rest is used')
 
-_say = lru_cache(256)(say) # each line once
+_say = lru_cache(256)(notify) # each line once
 
 def _undecodable(e):
     "Whether an error is one that decoders have with a file."
@@ -475,7 +475,7 @@ class Sound:
         return Sound((len(range(*channels.indices(self.shape[0]))), stop), lambda a, b: self[channels, a:b])
 
 # %% ../nbs/11_audio.ipynb #8980f14b
-class Spool(Sound):
+class TempAudio(Sound):
     "Sound that comes in blocks and waits on the disk, as floats; raises `WriteError` where it cannot."
     def __init__(self,
         folder=None, # on the disk that is to be used; the system's own for such files when absent

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'HUSH_DB', 'HALF', 'ROUNDING', 'HUB_REPO', 'ENCODEC_32KHZ', 'AVERAGES', 'CONTEXT', 'CodecError',
-           'CodecMismatch', 'Codec', 'check_wav', 'check_codes', 'check_lengths', 'part', 'check_codec', 'MelSettings',
-           'mel_bands', 'magnitudes', 'log_mel_frames', 'nearest', 'quantize', 'dequantize', 'linear_spectra',
-           'peak_phases', 'griffin_lim', 'quantized', 'PitchCodec', 'chunk_frames', 'MelCodec', 'check_target',
-           'import_encodec', 'encodec_layers', 'known_settings', 'to_encodec', 'in_chunks', 'at_lstm', 'Feed',
-           'by_length', 'lstm_step', 'EncodecCodec', 'exact', 'from_folder', 'fetch', 'load_codec']
+           'CodecMismatch', 'Codec', 'check_wav', 'check_codes', 'check_lengths', 'read_chunk', 'check_codec',
+           'MelSettings', 'mel_bands', 'magnitudes', 'log_mel_frames', 'nearest', 'quantize', 'dequantize',
+           'linear_spectra', 'peak_phases', 'griffin_lim', 'quantized', 'PitchCodec', 'chunk_frames', 'MelCodec',
+           'check_target', 'import_encodec', 'encodec_layers', 'known_settings', 'to_encodec', 'in_chunks',
+           'split_at_lstm', 'StreamingConv', 'by_length', 'lstm_step', 'EncodecCodec', 'exact', 'from_folder', 'fetch',
+           'load_codec']
 
 # %% ../nbs/04a_codec.ipynb #926e6d74
 import json, math, re
@@ -23,7 +24,7 @@ from .config import weights_dir
 from .constant_q import PitchAnalysis, PitchSettings
 from .files import atomic_dir, content_hash, output_path, read_json, read_weights, unfilled, write_tensors
 from .packages import needs, without_warnings
-from .spectra import Spectra, load_spectra
+from .spectra import MelInverter, load_spectra
 
 # %% ../nbs/04a_codec.ipynb #65269953
 class CodecError(ValueError):
@@ -44,9 +45,9 @@ class Codec(nn.Module):
     @property
     def device(self)->torch.device: return next(iter(self.state_dict().values())).device
     @property
-    def vectors(self)->torch.Tensor: raise NotImplementedError         # what the codes stand for: (K,cardinality,D), summed over K
+    def code_vectors(self)->torch.Tensor: raise NotImplementedError         # what the codes stand for: (K,cardinality,D), summed over K
     @property
-    def voice(self)->str: return self.hash                              # of all that decoding depends on
+    def decoder_hash(self)->str: return self.hash                              # of all that decoding depends on
     @property
     def for_backing(self): return self                                  # the codec that makes the codes of a backing
 
@@ -118,7 +119,7 @@ def check_lengths(
     "Raise `CodecError` for an empty one."
     if not all(len(s) for s in sounds): raise CodecError('encode: given no samples; a clip needs at least one')
 
-def part(
+def read_chunk(
     codec:Codec,
     sound, # (N,), as for `encode_many`
     start:int, stop:int, # samples; reaching beyond the end is allowed
@@ -230,21 +231,21 @@ def nearest(
 
 def quantize(
     x:torch.Tensor, # (T,D)
-    books:torch.Tensor, # (K,E,D)
+    codebooks:torch.Tensor, # (K,E,D)
 )->torch.Tensor: # (K,T) int64
     "Residual quantisation: each book names what the ones before it left over."
     codes = []
-    for book in books:
+    for book in codebooks:
         codes.append(nearest(x, book))
         x = x - book[codes[-1]]
     return torch.stack(codes)
 
 def dequantize(
     codes:torch.Tensor, # (K,T)
-    books:torch.Tensor, # (K,E,D)
+    codebooks:torch.Tensor, # (K,E,D)
 )->torch.Tensor: # (T,D)
     "The sum of the named entries."
-    return sum(book[c] for c, book in zip(codes, books))
+    return sum(book[c] for c, book in zip(codes, codebooks))
 
 # %% ../nbs/04a_codec.ipynb #cb31d544
 def linear_spectra(
@@ -298,7 +299,7 @@ def griffin_lim(
 
 # %% ../nbs/04a_codec.ipynb #b1c0de02
 def quantized(
-    codec, # with `books`, and `chunk` frames to be analysed at a time
+    codec, # with `codebooks`, and `chunk` frames to be analysed at a time
     x, # (N,), as for `encode_many`
     around:int, # frames to either side that a frame depends on
     frames, # (n,) -> (T,D)
@@ -307,8 +308,8 @@ def quantized(
     codes = []
     for start in range(0, -(-len(x)//codec.hop), codec.chunk):
         before, stop = min(start, around), start + codec.chunk
-        f = frames(part(codec, x, (start - before)*codec.hop, (stop + around)*codec.hop))
-        codes.append(quantize(f[before:before + codec.chunk], codec.books))
+        f = frames(read_chunk(codec, x, (start - before)*codec.hop, (stop + around)*codec.hop))
+        codes.append(quantize(f[before:before + codec.chunk], codec.codebooks))
     return torch.cat(codes, 1)
 
 class PitchCodec(Codec):
@@ -316,27 +317,27 @@ class PitchCodec(Codec):
     name = 'pitch-rvq'
 
     def __init__(self,
-        books:torch.Tensor, # (K,E,D): three of pitches, one of strokes
+        codebooks:torch.Tensor, # (K,E,D): three of pitches, one of strokes
         settings:PitchSettings=PitchSettings(), # the analysis
         chunk_len_s:float=CHUNK, # s of sound to analyse at a time; changes memory, not codes
     ):
         super().__init__()
         self.analysis, self.settings, self.chunk = PitchAnalysis(settings), settings, chunk_frames(chunk_len_s)
-        if books.ndim != 3 or books.shape[0] != 4 or books.shape[2] != self.analysis.width: raise CodecError(
-            f'pitch-rvq: given books of shape {tuple(books.shape)}; they are (4, entries, {self.analysis.width})')
-        self.cardinality = books.shape[1]
-        self.register_buffer('books', books.half().double())
-        self.hash = content_hash(asdict(settings), self.books.half().numpy().tobytes())
+        if codebooks.ndim != 3 or codebooks.shape[0] != 4 or codebooks.shape[2] != self.analysis.width: raise CodecError(
+            f'pitch-rvq: given books of shape {tuple(codebooks.shape)}; they are (4, entries, {self.analysis.width})')
+        self.cardinality = codebooks.shape[1]
+        self.register_buffer('codebooks', codebooks.half().double())
+        self.hash = content_hash(asdict(settings), self.codebooks.half().numpy().tobytes())
 
     @property
-    def vectors(self): return self.books # (K,E,D)
+    def code_vectors(self): return self.codebooks # (K,E,D)
 
     def encode_item(self, x): return quantized(self, x, self.analysis.context, self.analysis)   # (N,) -> (K,T)
 
     def decode_item(self, codes): raise CodecError('pitch-rvq: the codes of a backing name pitches and strokes, and cannot be played')
 
     def sounding(self, codes): # (B,K,T) -> (B,T)
-        strokes = self.books[3, codes[:, 3].to(self.device), self.settings.pitches:].unflatten(-1, (2, 2, 8))
+        strokes = self.codebooks[3, codes[:, 3].to(self.device), self.settings.pitches:].unflatten(-1, (2, 2, 8))
         power = (4*strokes[..., 0, :]).exp().sub(1e-6).clamp(min=0).sum(-1).mean(-1)
         return 10*torch.log10(power + 1e-20) >= HUSH_DB
 
@@ -354,42 +355,42 @@ class MelCodec(Codec):
     name = 'mel-rvq'
 
     def __init__(self,
-        books:torch.Tensor, # (K,E,2M)
+        codebooks:torch.Tensor, # (K,E,2M)
         settings:MelSettings=MelSettings(), # the analysis
         card:dict=None, # how the books were made
         chunk_len_s:float=CHUNK, # s of sound to analyse at a time; changes memory, not codes
-        spectra:Spectra=None, # what makes spectra of bands, when decoding; the update rule when absent
+        spectra:MelInverter=None, # what makes spectra of bands, when decoding; the update rule when absent
         backing:PitchCodec=None, # what makes the codes of backings; this codec itself when absent
     ):
         super().__init__()
-        if books.shape[0] != 4 or books.shape[2] != 2*settings.n_mels: raise CodecError(
-            f'mel-rvq: given books of shape {tuple(books.shape)}; they are (4, entries, {2*settings.n_mels})')
-        self.settings, self.card, self.cardinality, self.chunk = settings, card or {}, books.shape[1], chunk_frames(chunk_len_s)
-        self.register_buffer('books', books.half().double())
+        if codebooks.shape[0] != 4 or codebooks.shape[2] != 2*settings.n_mels: raise CodecError(
+            f'mel-rvq: given books of shape {tuple(codebooks.shape)}; they are (4, entries, {2*settings.n_mels})')
+        self.settings, self.card, self.cardinality, self.chunk = settings, card or {}, codebooks.shape[1], chunk_frames(chunk_len_s)
+        self.register_buffer('codebooks', codebooks.half().double())
         self.register_buffer('window', torch.hann_window(settings.n_fft, dtype=torch.float64))
         self.register_buffer('bands', mel_bands(settings))
         self.register_buffer('inverse', torch.linalg.pinv(self.bands).float())
         if backing and backing.cardinality != self.cardinality: raise CodecError(
             f'mel-rvq: given books of {self.cardinality} entries for leads, and of {backing.cardinality} for backings; they must have as many')
-        self.hash = content_hash(asdict(settings), self.books.half().numpy().tobytes(), *([backing.hash] if backing else []))
+        self.hash = content_hash(asdict(settings), self.codebooks.half().numpy().tobytes(), *([backing.hash] if backing else []))
         self.spectra, self.backing = spectra, backing
 
     @property
-    def vectors(self): return self.books # (K,E,2M)
+    def code_vectors(self): return self.codebooks # (K,E,2M)
     @property
     def for_backing(self): return self.backing or self
     @property
-    def silent(self): return self.level_db(self.books[0]) < HUSH_DB     # (E,)
+    def silent(self): return self.level_db(self.codebooks[0]) < HUSH_DB     # (E,)
 
     def sounding(self, codes): # (B,K,T) -> (B,T)
         codes = codes.to(self.device)
-        return self.level_db(sum(book[codes[:, k]] for k, book in enumerate(self.books))) >= HUSH_DB
+        return self.level_db(sum(book[codes[:, k]] for k, book in enumerate(self.codebooks))) >= HUSH_DB
 
     def level_db(self, f): # (...,2M) -> (...,): about the RMS level of frames, dB below full scale
         amplitude = (f.float().exp() - self.settings.floor).clamp(min=0)
         return 10*torch.log10(amplitude.square().sum(-1)/4 + 1e-20)     # two spectra of sines
     @property
-    def voice(self): return content_hash(self.hash, *(v.cpu().numpy().tobytes() for v in self.spectra.half_state().values())) if self.spectra else self.hash
+    def decoder_hash(self): return content_hash(self.hash, *(v.cpu().numpy().tobytes() for v in self.spectra.half_state().values())) if self.spectra else self.hash
 
     def encode_item(self, x): # (N,) -> (K,T)
         around = -(-self.settings.n_fft//(2*self.hop))                 # frames to either side that a window reaches into
@@ -402,7 +403,7 @@ class MelCodec(Codec):
         return griffin_lim(y, self.window.float())
 
     def decode_item(self, codes): # (K,T) -> (T*640,)
-        return self.frames_to_sound(dequantize(codes, self.books))
+        return self.frames_to_sound(dequantize(codes, self.codebooks))
 
     def unquantized(self, x): # (N,) -> (T*640,): there and back without the books
         return self.frames_to_sound(log_mel_frames(x, self.window, self.bands, self.settings.floor))
@@ -425,9 +426,9 @@ def save(self:MelCodec,
     "Write `codec.safetensors` and `codec.json`."
     with atomic_dir(check_target(folder)) as d:
         net = self.spectra.half_state() if self.spectra else {}
-        more = {'backing.books': self.backing.books.half()} if self.backing else {}
-        write_tensors(d/'codec.safetensors', dict(books=self.books.half()) | more | {f'spectra.{k}': v for k, v in net.items()})
-        told = dict(codec=self.name, hash=self.hash, voice=self.voice, settings=asdict(self.settings), card=self.card)
+        more = {'backing.books': self.backing.codebooks.half()} if self.backing else {}
+        write_tensors(d/'codec.safetensors', dict(books=self.codebooks.half()) | more | {f'spectra.{k}': v for k, v in net.items()})
+        told = dict(codec=self.name, hash=self.hash, voice=self.decoder_hash, settings=asdict(self.settings), card=self.card)
         if self.backing: told |= dict(backing=asdict(self.backing.settings))
         (d/'codec.json').write_text(json.dumps(told, indent=1) + '\n')
 
@@ -452,7 +453,7 @@ def load(cls:MelCodec,
         if net: codec.spectra = load_spectra(net, codec.bands, codec.settings.floor)
     except (ValueError, LookupError, TypeError, RuntimeError) as e:
         raise CodecError(f'{folder}: the codec is damaged; fetch or fit it again ({(str(e) or type(e).__name__).splitlines()[0]})') from None
-    for k, of, said in (('hash', 'books', told.get('hash')), ('voice', 'spectra', told.get('voice', codec.hash))):
+    for k, of, said in (('hash', 'books', told.get('hash')), ('decoder_hash', 'spectra', told.get('voice', codec.hash))):
         if getattr(codec, k) != said: raise CodecError(f'{folder}: the codec is damaged: its {of} do not fit its codec.json; fetch or fit it again')
     return codec
 
@@ -536,7 +537,7 @@ def in_chunks(
         out.append(y[..., before*n_out:(before + min(chunk, frames - start))*n_out])
     return torch.cat(out, -1)
 
-def at_lstm(
+def split_at_lstm(
     model:nn.Sequential, # of an encoder or decoder
     after:bool, # cut behind the LSTM instead of before it
 )->tuple: # two parts
@@ -545,7 +546,7 @@ def at_lstm(
     return model[:i], model[i:]
 
 # %% ../nbs/04a_codec.ipynb #35d37986
-class Feed:
+class StreamingConv:
     "A convolution over frames that come a chunk at a time."
     def __init__(self,
         layers:nn.Module, # one frame out for each frame in
@@ -614,12 +615,12 @@ class EncodecCodec(Codec):
         self.hash = content_hash(kept, *(state[k].contiguous().cpu().numpy().tobytes() for k in kept))
 
     @property
-    def vectors(self): return torch.stack([l._codebook.embed for l in self.layers['quantizer'].vq.layers]) # (K,E,D)
+    def code_vectors(self): return torch.stack([l._codebook.embed for l in self.layers['quantizer'].vq.layers]) # (K,E,D)
 
     def encode_item(self, x): return self.encode_many([x])[0] # (N,) -> (K,T)
 
     def decode_item(self, codes): # (K,T) -> (T*640,)
-        first, convolutions = at_lstm(self.layers['decoder'].model, after=True)
+        first, convolutions = split_at_lstm(self.layers['decoder'].model, after=True)
         with exact(): return in_chunks(convolutions, first(self.layers['quantizer'].decode(codes[:, None])), (1, self.hop), self.chunk)[0, 0]
 
 def exact(): return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
@@ -632,15 +633,15 @@ def encode_many(self:EncodecCodec,
 )->list: # of (K,T) int64
     "Codes of many sounds: the same as one by one, up to rounding."
     check_lengths(sounds)
-    convolutions, (slstm, *behind) = at_lstm(self.layers['encoder'].model, after=False)
+    convolutions, (slstm, *behind) = split_at_lstm(self.layers['encoder'].model, after=False)
     frames = [-(-len(s)//self.hop) for s in sounds]
     order = sorted(range(len(sounds)), key=lambda i: -frames[i])
-    feeds, codes, state = [Feed(nn.Sequential(*behind)) for _ in sounds], [[] for _ in sounds], None
+    feeds, codes, state = [StreamingConv(nn.Sequential(*behind)) for _ in sounds], [[] for _ in sounds], None
     with torch.no_grad(), exact():
         for start in range(0, max(frames, default=0), self.chunk):
             going, before = [i for i in order if frames[i] > start], min(start, CONTEXT)
             keep = [min(self.chunk, frames[i] - start) for i in going]
-            parts = [part(self, sounds[i], (start - before)*self.hop, (start + self.chunk + CONTEXT)*self.hop) for i in going]
+            parts = [read_chunk(self, sounds[i], (start - before)*self.hop, (start + self.chunk + CONTEXT)*self.hop) for i in going]
             parts = [y[..., before:before + n] for y, n in zip(by_length(convolutions, parts, pieces), keep)]
             parts, state = lstm_step(slstm, parts, state)
             for i, p, n in zip(going, parts, keep):

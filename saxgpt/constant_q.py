@@ -8,6 +8,7 @@ __all__ = ['RATE', 'HOP', 'EDGES', 'PitchSettings', 'octave_kernels', 'low_pass'
 # %% ../nbs/04e_constant_q.ipynb #96083296
 import math, torch
 from dataclasses import dataclass
+from fastcore.basics import patch
 from torch import nn, Tensor
 
 # %% ../nbs/04e_constant_q.ipynb #79dc5e7e
@@ -81,9 +82,7 @@ class PitchAnalysis(nn.Module):
     @property
     def width(self): return self.settings.pitches + 4*(len(EDGES) - 1)
 
-# %% ../nbs/04e_constant_q.ipynb #d9067fd3
-from fastcore.basics import patch
-
+# %% ../nbs/04e_constant_q.ipynb #c7504b41
 @patch
 def pitches(self:PitchAnalysis,
     x:Tensor, # (640*T,) float64

@@ -28,7 +28,7 @@ from .music.soloist import SAXOPHONES, STYLES, articulate, melody, phrases
 from .music.synth import Note, find_fonts, load_font, render_lead, render_part
 from .music.theory import FORMS, NAMES, draw_changes, draw_harmony, lay_out
 from .music.world import Pool, draw_world, make_pool
-from .words import say
+from .words import notify
 
 # %% ../nbs/12_demo.ipynb #f445c982
 @dataclass
@@ -406,7 +406,7 @@ def _wide(fonts, use, names, fix): # keyword arguments of a wide corpus, from th
     def split(s): return [x.strip() for x in (s or '').split(',') if x.strip()]
     if fonts:
         if not Path(fonts).is_dir(): raise ValueError(f'--fonts: there is no folder {fonts}')
-        for line in find_fonts(fonts)[1]: say(line)
+        for line in find_fonts(fonts)[1]: notify(line)
     pairs = [x.partition('=') for x in split(fix)]
     fixed = {k: read_yaml(v, f'--fix {k}') for k, _, v in pairs}
     draw_world(np.random.default_rng(0), **fixed)

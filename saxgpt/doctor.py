@@ -92,10 +92,10 @@ def check_model()->str:
 
 def check_solo()->str:
     "Whether a solo can be played, written and drawn."
-    from saxgpt.generate import play
+    from saxgpt.generate import generate_file
     with tempfile.TemporaryDirectory() as d:
         start = time.perf_counter()
-        play('demo', Path(d)/'solo.wav', seconds=1)
+        generate_file('demo', Path(d)/'solo.wav', seconds=1)
         took, missing = time.perf_counter() - start, 3 - len(list(Path(d).iterdir()))
     if missing: raise ValueError(f'{missing} of solo, mix and picture were not written')
     return f'1 s over the demo backing, with mix and picture, in {took:.1f} s'

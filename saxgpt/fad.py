@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPAN', 'EMBEDDERS', 'latents', 'FadError', 'work', 'library_points', 'embed', 'compare', 'split_halves', 'fad',
-           'exchange', 'adherence']
+           'mismatched_pairs', 'adherence']
 
 # %% ../nbs/09b_fad.ipynb #ffbbcb93
 import importlib.util, os, re, socket, subprocess, sys, tempfile
@@ -184,7 +184,7 @@ def fad(
         played_roundtrip=compare(Z, Y, seed) if Z else None)
 
 # %% ../nbs/09b_fad.ipynb #6388c5e9
-def exchange(
+def mismatched_pairs(
     recordings:list, # of each window
     seed:int=0, # of the sides
 )->tuple: # side (n,) 0 or 1; first, second (n,) positions, second None where there are too few; None below 4 recordings
@@ -201,8 +201,8 @@ def exchange(
     return side, np.array(first), None if None in second else np.array(second)
 
 def adherence(
-    points:dict, # name -> list of (n_i,d), mixes of each window: 'real', 'partner' (exchanged by `exchange`) and what else is judged
-    side, # (n,) from `exchange`
+    points:dict, # name -> list of (n_i,d), mixes of each window: 'real', 'partner' (exchanged by `mismatched_pairs`) and what else is judged
+    side, # (n,) from `mismatched_pairs`
     seed:int=0, # of the jackknife
 )->dict: # name -> mean, low, high, n, far, outside
     "An APA score, held out."

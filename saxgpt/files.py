@@ -6,8 +6,8 @@
 __all__ = ['FULL', 'WriteError', 'reason', 'atomic_path', 'replace_dir', 'atomic_dir', 'expanded', 'output_path', 'file_hash',
            'content_hash', 'open_own', 'append_jsonl', 'read_jsonl', 'read_json', 'write_text', 'write_jsonl',
            'is_name', 'read_table', 'read_manifest', 'prune', 'save_picture', 'write_tensors', 'read_tensors',
-           'tensor_shapes', 'read_weights', 'unfilled', 'sweep', 'locked', 'caught', 'safe_imports', 'Processes',
-           'map_parallel']
+           'tensor_shapes', 'read_weights', 'unfilled', 'remove_leftovers', 'locked', 'try_call', 'safe_imports',
+           'Processes', 'map_parallel']
 
 # %% ../nbs/10a_files.ipynb #969a8b6b
 import csv, errno, hashlib, json, multiprocessing as mp, os, re, shutil, signal, stat, sys, threading, time
@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from .packages import drawing
-from .words import bar, printable, say
+from .words import bar, printable, notify
 
 # %% ../nbs/10a_files.ipynb #f5c00fe7
 class WriteError(OSError): "An output that cannot be written; the message names it."
@@ -82,7 +82,7 @@ def replace_dir(
     source, # a whole folder on the same disk
     path, # its new name, which may be taken
 ):
-    "Give a folder another name; what had that name is kept until the new one has it, through a kill too (see `sweep`)."
+    "Give a folder another name; what had that name is kept until the new one has it, through a kill too (see `remove_leftovers`)."
     path = Path(path)
     old = _aside(path, '+')
     try:
@@ -306,7 +306,7 @@ def save_picture(
             fig.savefig(p, dpi=110)
         return True
     except Exception as e:
-        say(f'{path}: no picture, {printable(reason(e))[:200]}; all else is written')
+        notify(f'{path}: no picture, {printable(reason(e))[:200]}; all else is written')
     return False
 
 # %% ../nbs/10a_files.ipynb #981f43f0
@@ -407,14 +407,14 @@ def _lock(folder):
 # %% ../nbs/10a_files.ipynb #436b6723
 _LEFTOVER = re.compile(r'\.\d+-[0-9a-f]{6}([-+])')
 
-def sweep(
+def remove_leftovers(
     folder, # of a stage, locked
     name:str='', # only what would have become a file of this name
 ):
     "Remove what killed runs left half-written in a folder, and in its folders whose names begin with a dot; put back what was being replaced."
     for p in Path(folder).glob('.*'):
         if p.is_symlink() or not p.is_dir(): continue
-        if not (m := _LEFTOVER.fullmatch(p.name)): name or sweep(p)
+        if not (m := _LEFTOVER.fullmatch(p.name)): name or remove_leftovers(p)
         elif not name or {q.name for q in p.iterdir()} <= {name}:
             for q in p.iterdir():
                 back = p.with_name(q.name)
@@ -428,11 +428,11 @@ def locked(
     "Hold folders for this run alone, free of leftovers; raises `WriteError`."
     with ExitStack() as stack:
         for f in sorted({os.path.realpath(f) for f in folders}): stack.enter_context(_lock(Path(f)))
-        for f in folders: sweep(f)
+        for f in folders: remove_leftovers(f)
         yield
 
 # %% ../nbs/10a_files.ipynb #79a78bc3
-def caught(
+def try_call(
     fn, *args
 ): # what `fn(*args)` returns, or the exception that it raises
     "Call a function and hand over its exception as its result."
@@ -443,7 +443,7 @@ def caught(
 @contextmanager
 def safe_imports():
     "Python processes that are started here look for modules where this one does, and not in the working directory."
-    before, here = os.environ.get('PYTHONSAFEPATH'), sys.version_info < (3, 11) and caught(os.getcwd)
+    before, here = os.environ.get('PYTHONSAFEPATH'), sys.version_info < (3, 11) and try_call(os.getcwd)
     os.environ['PYTHONSAFEPATH'] = '1'
     if isinstance(here, str): os.chdir(sys.prefix)                                          # Python 3.10 knows no other way
     try: yield
@@ -474,7 +474,7 @@ class Processes:
         others = set(mp.active_children())
         with safe_imports(): pool = ProcessPoolExecutor(n, mp.get_context('spawn'), _worker)   # starts a process of its own
         try:
-            with safe_imports(): futures = {pool.submit(caught, fn, item): i for i, item in left}
+            with safe_imports(): futures = {pool.submit(try_call, fn, item): i for i, item in left}
             begun = list(pool._processes.values())           # those that have ended are children no more
             for f in as_completed(futures): yield futures[f], f.result()
         except BaseException as e:
@@ -518,7 +518,7 @@ def map_parallel(
     "Apply `fn` to every item, with a progress bar; raises what would fail every item."
     items, done = list(items), {}
     here = isinstance(n_jobs, int) and (n_jobs <= 1 or len(items) < 2)
-    results = ((n, caught(fn, i)) for n, i in enumerate(items)) if here else (Processes(n_jobs) if isinstance(n_jobs, int) else n_jobs).imap(fn, items)
+    results = ((n, try_call(fn, i)) for n, i in enumerate(items)) if here else (Processes(n_jobs) if isinstance(n_jobs, int) else n_jobs).imap(fn, items)
     sizes, heard = [size(i) for i in items] if size else [1]*len(items), 0
     unit = ' s' if size else 'it'
     with bar(total=round(sum(sizes)), desc=desc, disable=desc is None, unit=unit) as shown:

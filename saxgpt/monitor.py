@@ -21,7 +21,7 @@ from fastcore.script import Param
 from .config import ConfigError, RunConfig, command, load_config
 from .files import atomic_path, output_path
 from .packages import drawing, needs
-from .words import Said, lines, say, tell
+from .words import SafeStderr, lines, notify, tell
 
 # %% ../nbs/07e_monitor.ipynb #2b78cec1
 def number(
@@ -389,7 +389,7 @@ def follow(
             if before is not None:
                 try: new = run.read()
                 except OSError as e: new, failure = False, str(e)
-                if failure and not failed: say(f'{failure}; trying again every {every:g} s')
+                if failure and not failed: notify(f'{failure}; trying again every {every:g} s')
                 failed = failure
             if new or state(run) != before: show(run)
             before = state(run)
@@ -400,13 +400,13 @@ def follow(
 # %% ../nbs/07e_monitor.ipynb #5783b441
 def show_table(run:Run):
     "The table in the place of the last one, where there is a screen."
-    screen = Said('stdout').isatty()
+    screen = SafeStderr('stdout').isatty()
     text = lines(table(run)) if state(run) != 'waiting' else f'waiting for {run.path} (Ctrl-C ends)'
     if screen:
         width = shutil.get_terminal_size().columns
         text = '\033[H\033[J' + '\n'.join(l[:width] if l.startswith(' ') else l for l in text.splitlines())
     print(text if screen or state(run) == 'waiting' else text + '\n', flush=True)
-    if getattr(sys.stdout, 'gone', False): raise KeyboardInterrupt    # nobody reads it any more, see `Said`
+    if getattr(sys.stdout, 'gone', False): raise KeyboardInterrupt    # nobody reads it any more, see `SafeStderr`
 
 # %% ../nbs/07e_monitor.ipynb #d17cb315
 def live_window(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.script import Param
 from .config import ConfigError, DataConfig, command, config_path, device_name, load_config, to_dict
-from .files import WriteError, caught, content_hash, file_hash, is_name, locked, output_path, printable, read_json, read_jsonl, sweep, write_text
+from .files import WriteError, try_call, content_hash, file_hash, is_name, locked, output_path, printable, read_json, read_jsonl, remove_leftovers, write_text
 from .packages import needs
 
 # %% ../nbs/13_pipeline.ipynb #56e03ba1
@@ -74,7 +74,7 @@ def table(outcomes:list)->str: # several lines
 def _at(folder, fn, item): # what a Ray worker does
     "The result of `fn`, or its exception, with relative paths meaning what they mean to the driver"
     os.chdir(folder)
-    return caught(fn, item)
+    return try_call(fn, item)
 
 class Ray:
     "Workers of a Ray cluster, in the place of `saxgpt.files.Processes`"
@@ -158,7 +158,7 @@ def run_pipeline(cfg:DataConfig, device:str='cpu',
     target = _apart(cfg, folders)
     with locked(*folders):
         if n_jobs != 1: import librosa.core.audio, librosa.core.pitch, librosa.util.utils
-        sweep(target.parent, target.name)
+        remove_leftovers(target.parent, target.name)
         while todo:
             name = todo.pop(0)
             o = run_stage(name, cfg, device, n_jobs=n_jobs, progress=progress, separator=separator)

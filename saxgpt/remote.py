@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 from .files import WriteError, atomic_path, content_hash, expanded, is_name, locked, printable, reason
 from .packages import needs
-from .words import say
+from .words import notify
 
 # %% ../nbs/10b_remote.ipynb #b6f7bea9
 class RemoteError(OSError):
@@ -63,7 +63,7 @@ def _tell(what, e):
     now, before = time.monotonic(), _said.get(what, -math.inf)
     _said[what] = now
     if now - before < 600: return
-    say(f'{what}: no answer ({_why(e)}); trying again for {sum(WAITS):.0f} s')
+    notify(f'{what}: no answer ({_why(e)}); trying again for {sum(WAITS):.0f} s')
 
 def _why(e):
     "One short line: what a server or the network said."
@@ -164,7 +164,7 @@ BLOCK = 16 << 20    # bytes of one request; a multiple of 256 KiB, which uploads
 def _bring(store, at, about, path, url):
     "Download one version of an object."
     pin, md5 = {k: about[k] for k in ('generation',) if about.get(k)}, hashlib.md5(usedforsecurity=False)
-    if about['size'] > 1 << 27: say(f'fetching {url} ({about["size"]/1e9:.1f} GB)')
+    if about['size'] > 1 << 27: notify(f'fetching {url} ({about["size"]/1e9:.1f} GB)')
     with atomic_path(path) as tmp:
         with open(tmp, 'wb') as f:
             for start in range(0, about['size'], BLOCK):

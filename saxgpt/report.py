@@ -16,7 +16,7 @@ from .audio import SAMPLE_RATE, to_mono
 from .files import printable, reason
 from .fit import FIT
 from .packages import drawing
-from .words import say
+from .words import notify
 
 # %% ../nbs/09d_report.ipynb #9c9241dc
 def esc(
@@ -80,7 +80,7 @@ def picture(
             draw(fig.subplots())
             fig.savefig(buf, format='svg', transparent=True, metadata=dict(Date=None, Creator=None))
     except Exception as e:
-        say(f'no picture of {label or "the report"}, {printable(reason(e))[:200]}; all else is written')
+        notify(f'no picture of {label or "the report"}, {printable(reason(e))[:200]}; all else is written')
         return '<p>This picture could not be drawn.</p>'
     svg = buf.getvalue()
     svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.S).replace(INK, 'currentColor')

@@ -14,7 +14,7 @@ from fastcore.script import Param
 
 from .codec import check_codec, load_codec
 from .config import ConfigError, RunConfig, command, device_name, load_config, parse, to_dict
-from .evaluate import Judge, Store, TestSet, clean, make_plan, plain, play, player_key, stat
+from .evaluate import SampleScorer, ResultCache, TestSet, clean, make_plan, plain, play, player_key, mean_ci
 from .files import locked, output_path, write_text
 from .training.checkpoint import load_model
 from .words import bar
@@ -47,16 +47,16 @@ def sweep(
     if not model.cfg.condition_dropout: grid = [s for s in grid if s['guidance'] == 1]         # there is nothing to move away from
     with locked(out):
         output_path(out/'sweep.json', checkpoint, *d['data'].values(), named=False)
-        samples, partners = tests.choose(n, seed)
-        judge = Judge(Store(out/'items'), tests, load_codec(info['codec_name'], device), samples, partners)
+        samples, mismatched = tests.choose(n, seed)
+        judge = SampleScorer(ResultCache(out/'items'), tests, load_codec(info['codec_name'], device), samples, mismatched)
         recordings = [tests.recording(i) for i in samples]
-        def row(settings, scores): return dict(settings, **{m: stat([s[m] for s in scores], groups=recordings) for m in (*FITS, *LIKE)})
+        def row(settings, scores): return dict(settings, **{m: mean_ci([s[m] for s in scores], groups=recordings) for m in (*FITS, *LIKE)})
         rows = [row(dict(name=kind), [judge.scores(k, kind) for k in range(len(samples))]) for kind in ('real', 'shuffled')]
-        made_by = player_key(info, tests, device)
+        cache_key = player_key(info, tests, device)
         for s in progress(grid):
-            solos = play(judge.store, model, made_by, tests, samples, seed, s)
+            solos = play(judge.store, model, cache_key, tests, samples, seed, s)
             rows.append(row(dict(name='played', **s), [judge.scores(k, 'model', solos[k]) for k in range(len(samples))]))
-        return clean(plain(dict(weights=made_by[0], windows=len(samples), seconds=tests.dataset.seq_len/50, seed=seed, rows=rows)))
+        return clean(plain(dict(weights=cache_key[0], windows=len(samples), seconds=tests.dataset.seq_len/50, seed=seed, rows=rows)))
 
 # %% ../nbs/09e_sweep.ipynb #be89b77d
 def fitness(

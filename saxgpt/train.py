@@ -11,8 +11,8 @@ import os, sys
 from fastcore.script import Param
 
 from .config import ConfigError, RunConfig, command, load_config
-from .training.budget import report_batch
-from .training.dist import PeerError, ProcessError, cluster, launch, leave, pick_device
+from .training.throughput import report_batch
+from .training.dist import PeerError, ProcessError, cluster, launch, hard_exit, pick_device
 from .training.loop import half_type, train, window_steps
 from .words import tell
 
@@ -68,5 +68,5 @@ def main(
     cfg, nodes = load_config(RunConfig, config, overrides or ()), cluster()
     if find_batch: return report_batch(cfg, window_steps(cfg), device := pick_device(), half_type(cfg.training.precision, device))
     status = run(cfg, count_processes(ddp or bool(nodes), num_gpus), *(nodes or ()))
-    if 'LOCAL_RANK' in os.environ: leave(status)                     # one of torchrun's; all that matters is written
+    if 'LOCAL_RANK' in os.environ: hard_exit(status)                     # one of torchrun's; all that matters is written
     if status: raise SystemExit(status)

@@ -18,16 +18,16 @@ from .audio import SAMPLE_RATE
 from .codec import load_codec
 from .config import command, device_name
 from .demo import VERSION, compose, render, truth_of
-from .evaluate import Store, clean, plain, stat
+from .evaluate import ResultCache, clean, plain, mean_ci
 from .files import locked, output_path, save_picture, write_text
-from .fit import describe_backing, describe_solo, fit_scores, moved, partner
-from .generate import distance_to_corpus, listen, notice_strange
+from .fit import describe_backing, describe_solo, fit_scores, transpose, partner
+from .generate import distance_to_corpus, encode_audio, notice_strange
 from .metrics import longest_silence
 from .model.decoding import generate_codes
 from .music.feels import BANDS, FEELS
 from .music.recording import KINDS
 from .music.world import make_pool
-from .sampling import settled
+from .sampling import resolve_sampling
 from .training.checkpoint import load_model
 from .words import bar, tell
 
@@ -93,29 +93,29 @@ class Row:
     "Scores of one checkpoint in one world, piece by piece."
     def __init__(self, world, player, store, n, seconds, seed):
         self.player, self.store, self.n = player, store, n
-        self.made_by = [VERSION, world._asdict(), seconds, seed]
+        self.cache_key = [VERSION, world._asdict(), seconds, seed]
         self.hear = lru_cache(None)(lambda i: hear(world, seed, i, seconds))
         self.backing = lru_cache(None)(lambda i: describe_backing(self.hear(i).backing, self.hear(i).truth, self.hear(i).start))
 
     def truths(self): # what is enough to find partners
         keep = ('key', 'seed', 'bpm', 'feel')
-        def truth(i): return self.store('truths', [*self.made_by, i], lambda: {k: self.hear(i).truth[k] for k in keep})
+        def truth(i): return self.store('truths', [*self.cache_key, i], lambda: {k: self.hear(i).truth[k] for k in keep})
         return [truth(i) for i in range(self.n)]
 
     def scores(self, i, lead): # of a sound against three backings
         solo, truths, out = describe_solo(lead), self.truths(), {}
         for kind in ('own', 'same_key', 'another'):
             j, up = (i, 0) if kind == 'own' else partner(truths, i, same_key=kind == 'same_key') or (None, 0)
-            if j is not None: out[kind] = {k: v for k, v in fit_scores(solo, moved(self.backing(j), up)).items() if k in SCORES}
+            if j is not None: out[kind] = {k: v for k, v in fit_scores(solo, transpose(self.backing(j), up)).items() if k in SCORES}
         return out
 
     def real(self, i):
-        return self.store('real', [*self.made_by, self.n, i], lambda: self.scores(i, self.hear(i).lead))
+        return self.store('real', [*self.cache_key, self.n, i], lambda: self.scores(i, self.hear(i).lead))
 
     def played(self, i):
         model, codec, settings, chosen, who = self.player
         def work():
-            coded = listen(codec.for_backing, self.hear(i).backing)
+            coded = encode_audio(codec.for_backing, self.hear(i).backing)
             known, own = model.about['backings'], settings
             if known: own, _ = notice_strange(distance_to_corpus(codec, self.hear(i).backing, known), known, settings, chosen)
             codes = generate_codes(model, coded, [i], codec=codec, **own)
@@ -123,7 +123,7 @@ class Row:
             beats = longest_silence(*heard)/50*self.truths()[i]['bpm']/60
             sound = codec.decode(codes)[0].cpu().numpy()
             return self.scores(i, sound) | dict(silence=beats/FEELS[self.truths()[i]['feel']].meter)
-        return self.store('played', [*self.made_by, self.n, i, who, settings], work)
+        return self.store('played', [*self.cache_key, self.n, i, who, settings], work)
 
 # %% ../nbs/09f_worlds.ipynb #fb1fd2df
 def measure_world(
@@ -134,7 +134,7 @@ def measure_world(
     real, played = zip(*[(row.real(i), row.played(i)) for i in progress(range(row.n))])
     series = dict(real=[r['own'] for r in real], played=[p['own'] for p in played],
                   same_key=[p.get('same_key') for p in played], another=[p.get('another') for p in played])
-    out = {m: {k: stat([v and v[m] for v in s], binary=m == 'beat_f1') for k, s in series.items()} for m in SCORES}
+    out = {m: {k: mean_ci([v and v[m] for v in s], binary=m == 'beat_f1') for k, s in series.items()} for m in SCORES}
     rests = [p['silence'] for p in played]
     return out | dict(silence=dict(longest=max(rests), eight_bars=sum(r >= 8 for r in rests), n=len(rests)))
 
@@ -152,11 +152,11 @@ def measure_worlds(
     "The table of worlds; goes on where an earlier run stopped."
     model, info = load_model(checkpoint, device)
     codec = load_codec(info['codec_name'], device)
-    chosen, settings = 'guidance' in settings, settled(settings, model.cfg.condition_dropout)
-    player, out = (model, codec, settings, chosen, [info['source'].rpartition(' ')[2], codec.voice, chosen]), Path(output_dir)
+    chosen, settings = 'guidance' in settings, resolve_sampling(settings, model.cfg.condition_dropout)
+    player, out = (model, codec, settings, chosen, [info['source'].rpartition(' ')[2], codec.decoder_hash, chosen]), Path(output_dir)
     with locked(out):
         for name in ('worlds.json', 'worlds.png'): output_path(out/name, checkpoint, named=False)
-        rows = {k: Row(w, player, Store(out/'items'), n, seconds, seed) for k, w in worlds.items()}
+        rows = {k: Row(w, player, ResultCache(out/'items'), n, seconds, seed) for k, w in worlds.items()}
         got = {k: dict(about=worlds[k].about, **measure_world(row, progress(k))) for k, row in rows.items()}
     return clean(plain(dict(checkpoint=info['source'], step=info['step'], settings=settings, n=n, seconds=seconds, seed=seed, worlds=got)))
 

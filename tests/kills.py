@@ -337,7 +337,7 @@ def config_file(data, out, name='config', model={}, **training):
     run = dict(num_epochs=3, batch_size=4, gradient_accumulation_steps=2, output_dir=str(out), log_interval=1, save_interval=1, val_interval=5,
                num_workers=0, use_pbar=False, optimizer=dict(lr=3e-3), scheduler=dict(warmup_steps=6), precision='fp32')
     if training.pop('plain', False): run |= dict(ema_decay=0.)
-    else: run |= dict(ema_decay=.9, scheduled_sampling=dict(share=.6, start=2, ramp=6), history=dict(first=.6, last=.2, hold=2, ramp=6, stretches=.3))
+    else: run |= dict(ema_decay=.9, scheduled_sampling=dict(rate=.6, start_step=2, ramp_steps=6), context_dropout=dict(start_rate=.6, end_rate=.2, hold_steps=2, ramp_steps=6, span_rate=.3))
     path.write_text(yaml.safe_dump(dict(data=dict(train_path=str(data/'train.safetensors'), val_path=str(data/'val.safetensors')), model=tiny | model,
                                         training=run | training)))
     return ['--config', path]

@@ -227,7 +227,7 @@ def test_sigterm_saves_and_leaves(dataset, tmp_path):
 
 
 def test_two_processes_train_as_one(dataset, tmp_path):
-    more = ['training.max_steps=3', 'model.dropout=0', 'model.condition_dropout=0', *(f'training.history.{k}=0' for k in ('first', 'last', 'stretches'))]
+    more = ['training.max_steps=3', 'model.dropout=0', 'model.condition_dropout=0', *(f'training.context_dropout.{k}=0' for k in ('start_rate', 'end_rate', 'span_rate'))]
     run(*train_args(dataset, tmp_path/'one', *more, 'training.batch_size=4', 'training.gradient_accumulation_steps=1'))
     run(*train_args(dataset, tmp_path/'two', *more, 'training.batch_size=2', 'training.gradient_accumulation_steps=1'), '--ddp', '--num-gpus', 2)
     a, b = weights(tmp_path/'one'), weights(tmp_path/'two')

@@ -451,7 +451,7 @@ def test_another_codec_makes_other_codes(finished, tmp_path):
     codec = load_codec('bundled')
     codec.save(tmp_path/'same')
     assert not changed(finished, tmp_path, f'codec={tmp_path}/same')[0]
-    MelCodec(codec.books.flip(1), codec.settings).save(tmp_path/'other')
+    MelCodec(codec.codebooks.flip(1), codec.settings).save(tmp_path/'other')
     assert list(changed(finished, tmp_path, f'codec={tmp_path}/other')[0]) == ['codes', 'dataset']
 
 

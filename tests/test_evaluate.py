@@ -23,7 +23,7 @@ from saxgpt.data.dataset import split_of
 from saxgpt.data.download import find_recordings, ingest
 from saxgpt.demo import make_corpus
 from saxgpt.doctor import BROWSERS
-from saxgpt.evaluate import stat
+from saxgpt.evaluate import mean_ci
 from saxgpt.fad import FadError, fad, library_points
 from saxgpt.files import read_jsonl, read_tensors, write_jsonl
 from saxgpt.fit import FIT
@@ -147,7 +147,7 @@ def test_two_checkpoints_side_by_side(data, whole, tmp_path):
     means, ends = ({k: both['difference'][k][k2] for k in FIT} for k2 in ('mean', 'low'))
     for k in FIT:
         d = [s['model'][k] - s['against'][k] for s in both['samples']]
-        want = stat(d, both['plan']['draws'], [s['recording'] for s in both['samples']])
+        want = mean_ci(d, both['plan']['draws'], [s['recording'] for s in both['samples']])
         assert (means[k], ends[k]) == (want['mean'], want['low']), 'intervals of differences are over recordings, too'
     page = (tmp_path/'out/report.html').read_text()
     assert 'Paired differences' in page and 'generated, against solo' in page

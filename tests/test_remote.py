@@ -17,9 +17,9 @@ from forks import warm
 from saxgpt import remote
 from saxgpt.files import atomic_dir, file_hash
 from saxgpt.remote import RemoteError, RemoteMissing, download, fetch, list_names, put, read_text, remove
-from saxgpt.training import mirror
+from saxgpt.training import run_sync
 from saxgpt.training.checkpoint import CheckpointError, verify
-from saxgpt.training.mirror import Mirror, fetch_checkpoint, read_pointer, step_of
+from saxgpt.training.run_sync import RunSync, fetch_checkpoint, read_pointer, step_of
 
 pytest.importorskip('gcsfs')
 MB = 1 << 20
@@ -45,7 +45,7 @@ def save(folder, step, size=MB // 4):
 
 def start(code, cache, *args):
     "A process of its own that runs `code`."
-    env = os.environ | warm('saxgpt.training.mirror', 'gcsfs') | dict(SAXGPT_CACHE=str(cache), PYTHONPATH=str(Path(__file__).parent))
+    env = os.environ | warm('saxgpt.training.run_sync', 'gcsfs') | dict(SAXGPT_CACHE=str(cache), PYTHONPATH=str(Path(__file__).parent))
     return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
@@ -226,9 +226,9 @@ def test_a_download_that_is_killed_leaves_nothing_half(gcs, tmp_path):
 
 RUN = '''
 import sys
-from saxgpt.training.mirror import Mirror
+from saxgpt.training.run_sync import RunSync
 from test_remote import save
-m = Mirror('gs://bucket/run')
+m = RunSync('gs://bucket/run')
 m.pull()
 for step in (100, 200):
     save(m.here/'last', step, 11 << 19)
@@ -266,7 +266,7 @@ def test_a_run_that_is_killed_while_it_uploads(gcs, tmp_path, after):
 
     def machine(name):
         os.environ['SAXGPT_CACHE'] = str(tmp_path/name)
-        m = Mirror('gs://bucket/run')
+        m = RunSync('gs://bucket/run')
         m.pull()
         m.close()
         return m
@@ -283,7 +283,7 @@ def test_a_run_that_is_killed_while_it_uploads(gcs, tmp_path, after):
 def test_a_reader_follows_a_run_that_moves_on(gcs, tmp_path, monkeypatch):
     "Two saves delete the checkpoint that is being fetched; the one that `last` stands for by then is fetched instead."
     monkeypatch.setenv('SAXGPT_CACHE', str(tmp_path/'run'))
-    m, step = Mirror('gs://bucket/run'), 0
+    m, step = RunSync('gs://bucket/run'), 0
     m.pull()
     def train():
         nonlocal step
@@ -296,7 +296,7 @@ def test_a_reader_follows_a_run_that_moves_on(gcs, tmp_path, monkeypatch):
             if slow_file in url and where in url: train(), train()
             return download(url, path)
         where = read_pointer('gs://bucket/run/checkpoints/last')
-        monkeypatch.setattr(mirror, 'download', late)
+        monkeypatch.setattr(run_sync, 'download', late)
         got = fetch_checkpoint('gs://bucket/run/checkpoints/last', tmp_path/'cache')
         assert verify(got)['step'] == step
     m.close()
@@ -305,7 +305,7 @@ def test_a_reader_follows_a_run_that_moves_on(gcs, tmp_path, monkeypatch):
 
 def test_steps_go_on_while_the_line_stands_still(gcs, tmp_path, monkeypatch):
     monkeypatch.setenv('SAXGPT_CACHE', str(tmp_path))
-    m = Mirror('gs://bucket/run')
+    m = RunSync('gs://bucket/run')
     m.pull()
     save(m.here/'last', 1, 30*MB)
     gcs.gate.clear()
@@ -324,9 +324,9 @@ def test_steps_go_on_while_the_line_stands_still(gcs, tmp_path, monkeypatch):
 def test_a_bucket_that_cannot_be_written_is_told_before_the_training(gcs, tmp_path, monkeypatch):
     monkeypatch.setenv('SAXGPT_CACHE', str(tmp_path))
     gcs.fail('POST', 403, times=100)
-    with pytest.raises(RemoteError, match='gs://bucket/run/run.json: this login may not'): Mirror('gs://bucket/run').pull()
+    with pytest.raises(RemoteError, match='gs://bucket/run/run.json: this login may not'): RunSync('gs://bucket/run').pull()
     gcs.faults.clear()
-    with pytest.raises(RemoteError, match='there is no bucket gs://bukcet'): Mirror('gs://bukcet/run').pull()
+    with pytest.raises(RemoteError, match='there is no bucket gs://bukcet'): RunSync('gs://bukcet/run').pull()
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -334,7 +334,7 @@ def test_a_run_on_a_bad_line(gcs, tmp_path, monkeypatch, seed, capfd):
     "Every few requests one fails, is cut or is answered to nobody; in the end all is as it should be."
     monkeypatch.setenv('SAXGPT_CACHE', str(tmp_path/'one'))
     monkeypatch.setattr(remote, 'WAITS', (.005,)*200)     # more than there are faults
-    dice, m, best = random.Random(seed), Mirror('gs://bucket/run'), 0
+    dice, m, best = random.Random(seed), RunSync('gs://bucket/run'), 0
     m.pull()
     for step in range(1, 13):
         save(m.here/'last', step, 6*MB if step % 4 == 0 else 1000)
@@ -351,7 +351,7 @@ def test_a_run_on_a_bad_line(gcs, tmp_path, monkeypatch, seed, capfd):
     assert folders(gcs) == set(m.pointers.values()) and list(m.snapshots.iterdir()) == []
     for name in m.pointers: verify(fetch_checkpoint(f'gs://bucket/run/checkpoints/{name}', tmp_path/'cache'))
     monkeypatch.setenv('SAXGPT_CACHE', str(tmp_path/'two'))
-    n = Mirror('gs://bucket/run')
+    n = RunSync('gs://bucket/run')
     n.pull()
     n.close()
     assert verify(n.here/'last')['step'] == 12 and 'Traceback' not in capfd.readouterr().err
@@ -359,7 +359,7 @@ def test_a_run_on_a_bad_line(gcs, tmp_path, monkeypatch, seed, capfd):
 
 def test_every_checkpoint_in_the_bucket_may_be_torn(gcs, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv('SAXGPT_CACHE', str(tmp_path/'one'))
-    m = Mirror('gs://bucket/run')
+    m = RunSync('gs://bucket/run')
     m.pull()
     for step in (1, 2, 3):
         save(m.here/'last', step)
@@ -368,7 +368,7 @@ def test_every_checkpoint_in_the_bucket_may_be_torn(gcs, tmp_path, monkeypatch, 
     m.close()
     monkeypatch.setenv('SAXGPT_CACHE', str(tmp_path/'two'))
     def newest():
-        n = Mirror('gs://bucket/run')
+        n = RunSync('gs://bucket/run')
         n.pull()
         step = verify(n.here/'last')['step'] if (n.here/'last').exists() else None
         n.close()

@@ -76,10 +76,10 @@ def finish(run, out, whole):
 
 def all_of(jobs):
     "Wait for jobs that mostly wait themselves, several at a time; their complaints together"
-    def caught(label, job):
+    def try_call(label, job):
         try: job()
         except Exception as e: return f'{label}: {e}'
-    with ThreadPoolExecutor(4) as pool: wrong = [w for w in pool.map(lambda j: caught(*j), jobs.items()) if w]
+    with ThreadPoolExecutor(4) as pool: wrong = [w for w in pool.map(lambda j: try_call(*j), jobs.items()) if w]
     assert not wrong, f'{len(wrong)} of {len(jobs)}:\n' + '\n'.join(wrong[:6])
 
 

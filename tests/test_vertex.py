@@ -278,7 +278,7 @@ def test_torchrun_names_the_dead_process(how, says):
 
 @pytest.mark.parametrize('more', [['--standalone'], ['--master-port=0', '--nnodes=1']], ids=['c10d', 'static'])
 def test_torchrun_starts_all_again(tmp_path, more):
-    "Torch 2.11 lets the new processes find the addresses of the dead; `meeting` does not."
+    "Torch 2.11 lets the new processes find the addresses of the dead; `rendezvous_id` does not."
     if more[0] != '--standalone': more[0] = f'--master-port={free_port()}'
     r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', *more, '--max-restarts=1', '--nproc_per_node=2', '-m', 'test_vertex', 'dies_once', str(tmp_path/'flag')],
                        env=machine, capture_output=True, text=True, timeout=90)

@@ -11,7 +11,7 @@ import json
 from functools import partial
 from pathlib import Path
 import librosa, numpy as np, soundfile as sf
-from ..audio import Spool, in_blocks, probe, resampled, write_stream
+from ..audio import TempAudio, in_blocks, probe, resampled, write_stream
 from ..config import AugmentConfig, DataConfig
 from ..files import atomic_dir, content_hash, map_parallel, prune, read_json, read_table, reason, write_jsonl
 
@@ -107,7 +107,7 @@ def make_copy(clip, info:dict, tracks:dict, # folder, and as from `read_clip`
               out, # folder to make
               semitones:float, speed:float, a:AugmentConfig, **told): # more for clip.json
     "Write one copy, in bounded memory"
-    with atomic_dir(out) as d, Spool(d) as lead, Spool(d) as backing:
+    with atomic_dir(out) as d, TempAudio(d) as lead, TempAudio(d) as backing:
         top, waiting = 1., dict(lead=lead, backing=backing)
         for k,spool in waiting.items():
             with sf.SoundFile(clip/f'{k}.wav') as f:

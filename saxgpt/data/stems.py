@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FRAME', 'BLOCK', 'gain_to', 'shared_gain', 'StemError', 'lead_and_backing', 'frame_powers', 'bleed_db', 'load_demucs',
-           'Track', 'survey', 'Demucs', 'chunks', 'apart', 'added_up', 'take_apart', 'regular', 'pairs_of_mix',
-           'pairs_of_stems', 'Measures', 'write_pair', 'separator_name', 'separate', 'run']
+           'MixStats', 'measure', 'Demucs', 'chunks', 'apart', 'overlap_add', 'separate_recording', 'regular',
+           'pairs_of_mix', 'pairs_of_stems', 'Measures', 'write_pair', 'separator_name', 'separate', 'run']
 
 # %% ../../nbs/01_stem_separation.ipynb #9df4673b
 import hashlib, io, json, os, random, shutil, warnings, zlib
@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, yaml
 from fastcore.basics import patch
-from ..audio import SAMPLE_RATE, LoudnessMeter, Spool, in_blocks, loudness, resampled, stream, to_mono, write_stream
+from ..audio import SAMPLE_RATE, LoudnessMeter, TempAudio, in_blocks, loudness, resampled, stream, to_mono, write_stream
 from ..config import ConfigError, DataConfig, DemucsConfig
 from ..files import atomic_dir, content_hash, file_hash, is_name, map_parallel, read_json, read_manifest, read_tensors, write_jsonl, write_tensors
 from ..packages import needs
@@ -127,7 +127,7 @@ def load_demucs(model:str, # name of a model
 
 # %% ../../nbs/01_stem_separation.ipynb #95153c5a
 @dataclass(frozen=True)
-class Track:
+class MixStats:
     "What is known about a whole recording before it is taken apart"
     total: int # samples, at the separator's rate
     mean: float # of the mean of its channels
@@ -137,8 +137,8 @@ class Track:
 
     def scaled(self, gain:float): return replace(self, mean=gain*self.mean, std=gain*self.std, peak=gain*self.peak)
 
-def survey(blocks, # iterable of (C, n)
-           sr:int)->Track:
+def measure(blocks, # iterable of (C, n)
+           sr:int)->MixStats:
     "Go through a recording once, keeping its measures"
     n, total, square, peak, meter = 0, 0., 0., 0., LoudnessMeter(sr)
     for x in blocks:
@@ -146,7 +146,7 @@ def survey(blocks, # iterable of (C, n)
         meter.add(x)
         n, total, square, peak = n+x.shape[1], total+x.sum(), square+x[0]@x[0], max(peak, float(np.abs(x).max(initial=0.)))
     mean = total/max(n, 1)
-    return Track(n, float(mean), float(np.sqrt(max(0., square-n*mean**2)/max(n-1, 1))), meter.value, peak)
+    return MixStats(n, float(mean), float(np.sqrt(max(0., square-n*mean**2)/max(n-1, 1))), meter.value, peak)
 
 # %% ../../nbs/01_stem_separation.ipynb #7f0fde08
 def _threads(n, device):
@@ -209,13 +209,13 @@ class Demucs:
                  sr:int)->dict: # source -> (C, n)
         "Separate a sound that fits into memory"
         if sr != self.sample_rate: raise StemError(f'{self.cfg.model} works at {self.sample_rate} Hz; given {sr} Hz')
-        return self.piece(x, 0, 0, x.shape[1], survey([x], sr), self.sources)
+        return self.piece(x, 0, 0, x.shape[1], measure([x], sr), self.sources)
 
 # %% ../../nbs/01_stem_separation.ipynb #fd05d8de
 @patch
 def piece(self:Demucs, x, # (C, n), the samples from `at` on
           at:int, start:int, stop:int, # samples of the recording: where `x` begins, the chunk
-          track:Track,
+          track:MixStats,
           names:list=None)->dict: # source -> (C, m), from `start` on, to be added up; what the settings need when `names` is absent
     "Separate a chunk of a recording"
     import torch
@@ -244,7 +244,7 @@ def chunks(blocks, # iterable of (C, n)
         x, at = x[:,max(0, start-margin)-at:], max(0, start-margin)
         yield start, stop, at, np.ascontiguousarray(x[:,:min(stop+margin, total)-at])
 
-def apart(separator, x, at, start, stop, track:Track, sr)->dict: # name -> float32 (C, n), from `start` on
+def apart(separator, x, at, start, stop, track:MixStats, sr)->dict: # name -> float32 (C, n), from `start` on
     "One chunk through a separator"
     if hasattr(separator, 'piece'): stems, cut = separator.piece(x, at, start, stop, track), slice(None)
     else: stems, cut = separator.separate(x, sr), slice(start-at, stop-at)
@@ -256,7 +256,7 @@ def apart(separator, x, at, start, stop, track:Track, sr)->dict: # name -> float
     return {k: v[:,cut] for k,v in stems.items()}
 
 # %% ../../nbs/01_stem_separation.ipynb #282673bc
-def added_up(parts): # iterable of (start, (C, n)), in order, each reaching as far as the one before it; yields (C, n)
+def overlap_add(parts): # iterable of (start, (C, n)), in order, each reaching as far as the one before it; yields (C, n)
     "Chunks that overlap, added up to a stream"
     tail, at = None, 0
     for start,x in parts:
@@ -283,7 +283,7 @@ def _save(path, x, start, stop):
     write_tensors(path, dict(stems=x), dict(chunk=f'{start} {stop} {zlib.crc32(x)}'))
 
 # %% ../../nbs/01_stem_separation.ipynb #c9617be9
-def take_apart(path, # of a mix
+def separate_recording(path, # of a mix
                separator, cfg:DemucsConfig,
                work, # folder for the chunks
                tick=None)->tuple: # generator function of (start, (1 or 2, n)), rate in Hz, gain before, seconds that were separated now
@@ -291,7 +291,7 @@ def take_apart(path, # of a mix
     asked = dict(sample_rate=None, channels=None, chunk_s=60., margin_s=10.)
     sr, channels, chunk_s, margin_s = (getattr(separator, k, v) for k,v in asked.items())
     sound, made, spans = stream(path, sr), 0., []
-    track, sr = survey(_heard(sound, channels), sound.sr), sound.sr
+    track, sr = measure(_heard(sound, channels), sound.sr), sound.sr
     if not track.total: raise StemError(f'{path}: too short, nothing is left of it at {sr} Hz')
     gain = gain_to(track.level, track.peak) if cfg.normalize_before else 1.
     for start,stop,at,x in chunks(_heard(sound, channels), track.total, max(1, int(chunk_s*sr)), int(margin_s*sr)):
@@ -325,7 +325,7 @@ def regular(blocks, # iterable of (R, n)
 # %% ../../nbs/01_stem_separation.ipynb #e0e6313f
 def pairs_of_mix(path, parts, sr, gain, backing='residual'): # yields lead, backing: (1, n) at 32 kHz
     "Lead and backing of a mix and its chunks, aligned to the sample"
-    rows = regular(resampled(added_up(parts), sr, SAMPLE_RATE))
+    rows = regular(resampled(overlap_add(parts), sr, SAMPLE_RATE))
     for mix in regular(stream(path, SAMPLE_RATE, mono=True)):
         x = next(rows, mix[:,:0])[:,:mix.shape[1]]
         x = np.pad(x, ((0, 0), (0, mix.shape[1]-x.shape[1])))                  # the ends may differ by a sample
@@ -360,7 +360,7 @@ def write_pair(pairs, # iterable of lead, backing: (1, n) at 32 kHz
                loud:bool=True)->Measures: # loud: bring them to the target
     "Write `lead.wav` and `backing.wav` with one gain; bounded memory"
     m = Measures(loud)
-    with Spool(folder) as spool:
+    with TempAudio(folder) as spool:
         for lead,backing in pairs:
             m.add(lead, backing)
             spool.add(np.concatenate([lead, backing]))
@@ -392,7 +392,7 @@ def _make(entry, cfg, separator=None, tick=None):
     paths, out, gain, work = {k: src/f for k,f in entry['files'].items()}, Path(cfg.data_paths.stems_dir), 1., None
     if mixed := entry['kind'] != 'stems':
         work = out/'.work'/f'{entry["id"]}-{made}'
-        parts, sr, gain, seconds = take_apart(paths['mix'], separator, d, work, tick)
+        parts, sr, gain, seconds = separate_recording(paths['mix'], separator, d, work, tick)
         pairs = pairs_of_mix(paths['mix'], parts(), sr, gain, d.backing)
     else: pairs = pairs_of_stems(paths)
     with atomic_dir(out/entry['id']) as tmp:

@@ -18,7 +18,7 @@ class DecoderLayer(Layer):
     "Look back, listen to the backing, then think about each step."
     def __init__(self, d_model, nhead, *args, n_branches=3, **kwargs):
         super().__init__(d_model, nhead, *args, n_branches=n_branches, **kwargs)
-        self.cross_attn = MultiHeadAttention(d_model, nhead, turn=self.self_attn.turn)
+        self.cross_attn = MultiHeadAttention(d_model, nhead, rope=self.self_attn.rope)
         init_branch(self.cross_attn, self.cross_attn.out, n_branches)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d_model, bias=False) for _ in range(3))
 
@@ -30,23 +30,23 @@ class DecoderLayer(Layer):
         start:int=0, # Step of the first of `x`; a tensor (1,) for a single, recorded step
     ) -> Tensor: # (B, S, D)
         "One layer of the decoder."
-        x = self.join(x, self.norm1, lambda h: self.self_attn(h, causal=True, cache=cache, start=start))
-        x = self.join(x, self.norm2, lambda h: self.cross_attn(h, kv=kv, mask=mask, start=start))
-        return self.join(x, self.norm3, self.ff)
+        x = self.residual(x, self.norm1, lambda h: self.self_attn(h, causal=True, cache=cache, start=start))
+        x = self.residual(x, self.norm2, lambda h: self.cross_attn(h, kv=kv, mask=mask, start=start))
+        return self.residual(x, self.norm3, self.ff)
 
 # %% ../../nbs/06d_decoder.ipynb #6502cf0f
 @dataclass
 class DecoderCache:
     "All that playing keeps from step to step."
-    own: list            # KVCache of each layer
-    cross: list          # Keys and values (B, H, S, D/H) of the memory for each layer
+    self_kv: list            # KVCache of each layer
+    cross_kv: list          # Keys and values (B, H, S, D/H) of the memory for each layer
     mask: Tensor = None  # bool (B, 1, 1, S), True where the memory is not padding
-    ahead: Tensor = None # What is added to the decoder's input (B, S, D) with aligned fusion
+    aligned_condition: Tensor = None # What is added to the decoder's input (B, S, D) with aligned fusion
 
     @property
     def nbytes(self):
         "Memory it takes"
-        return sum(t.nbytes for c in self.own for t in (c.k, c.v)) + sum(t.nbytes for kv in self.cross for t in kv)
+        return sum(t.nbytes for c in self.self_kv for t in (c.k, c.v)) + sum(t.nbytes for kv in self.cross_kv for t in kv)
 
 # %% ../../nbs/06d_decoder.ipynb #323cd64d
 class Decoder(Stack):
@@ -77,16 +77,16 @@ class Decoder(Stack):
 
 # %% ../../nbs/06d_decoder.ipynb #a0abe331
 @patch
-def start(self:Decoder,
+def init_cache(self:Decoder,
     memory:Tensor, # From the encoder (B, S', D)
     steps:int, # Steps that will be played at most
     mask:Tensor=None, # bool (B, S'), True where the memory is not padding
 ) -> DecoderCache:
     "Take room for `steps` steps and compute once what depends on the memory alone."
     (B, _, D), H = memory.shape, self.layers[0].self_attn.nhead
-    own = [KVCache(B, H, steps, D//H, memory.device, self.dtype if memory.is_cuda else memory.dtype) for _ in self.layers]
-    cross = [self.kept(l, memory) for l in self.layers]
-    return DecoderCache(own, cross, None if mask is None else mask[:, None, None])
+    self_kv = [KVCache(B, H, steps, D//H, memory.device, self.dtype if memory.is_cuda else memory.dtype) for _ in self.layers]
+    cross_kv = [self.kept(l, memory) for l in self.layers]
+    return DecoderCache(self_kv, cross_kv, None if mask is None else mask[:, None, None])
 
 @patch
 def step(self:Decoder,
@@ -96,5 +96,5 @@ def step(self:Decoder,
 ) -> Tensor: # (B, n, D)
     "The next `n` steps."
     x = x.to(self.dtype)
-    for layer, own, kv in zip(self.layers, cache.own, cache.cross): x = layer(x, kv, cache.mask, own, start)
+    for layer, self_kv, kv in zip(self.layers, cache.self_kv, cache.cross_kv): x = layer(x, kv, cache.mask, self_kv, start)
     return self.norm(x)

@@ -40,15 +40,15 @@ class FeedForward(nn.Module):
 # %% ../../nbs/06c_encoder.ipynb #fa4c064c
 class Layer(nn.Module):
     "What encoder and decoder layers share: how a branch joins the stream."
-    def __init__(self, d_model, nhead, dim_feedforward, dropout=.1, activation='relu', norm_first=True, turn=None, n_branches=2):
+    def __init__(self, d_model, nhead, dim_feedforward, dropout=.1, activation='relu', norm_first=True, rope=None, n_branches=2):
         super().__init__()
         self.norm_first, self.drop = norm_first, nn.Dropout(dropout)
-        self.self_attn = MultiHeadAttention(d_model, nhead, turn=turn)
+        self.self_attn = MultiHeadAttention(d_model, nhead, rope=rope)
         self.ff = FeedForward(d_model, dim_feedforward, dropout, activation)
         init_branch(self.self_attn, self.self_attn.out, n_branches)
         init_branch(self.ff, self.ff.down, n_branches)
 
-    def join(self, x, norm, branch):
+    def residual(self, x, norm, branch):
         "`x` with the result of `branch` added, normalised before or after."
         return x + self.drop(branch(norm(x))) if self.norm_first else norm(x + self.drop(branch(x)))
 
@@ -64,8 +64,8 @@ class EncoderLayer(Layer):
         mask:Tensor=None, # bool, True where a step is not padding, broadcast to (B, H, S, S)
     ) -> Tensor: # (B, S, D)
         "One layer of the encoder."
-        x = self.join(x, self.norm1, lambda h: self.self_attn(h, mask=mask))
-        return self.join(x, self.norm2, self.ff)
+        x = self.residual(x, self.norm1, lambda h: self.self_attn(h, mask=mask))
+        return self.residual(x, self.norm2, self.ff)
 
 # %% ../../nbs/06c_encoder.ipynb #7672322b
 class Stack(nn.Module):

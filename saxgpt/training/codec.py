@@ -117,13 +117,13 @@ def fit_books(
 )->tuple[torch.Tensor, list]: # books (K,E,D) as stored, share of variance explained after each stage
     "Residual k-means."
     if len(x) < entries: raise CodecError(f'given {len(x)} frames for {entries} entries; fit on more recordings')
-    rest, books, explained = x, [], []
+    rest, codebooks, explained = x, [], []
     variance = (x - x.mean(0)).square().sum()
     for k in bar(range(stages), desc='Codebooks', disable=not progress):
-        books.append(kmeans(rest, entries, rounds, seed + k, None if start is None else start[k].float()).half().float())
-        rest = rest - books[-1][assign(rest, books[-1])]
+        codebooks.append(kmeans(rest, entries, rounds, seed + k, None if start is None else start[k].float()).half().float())
+        rest = rest - codebooks[-1][assign(rest, codebooks[-1])]
         explained.append(round(1 - (rest.square().sum()/variance).item(), 4))
-    return torch.stack(books).half(), explained
+    return torch.stack(codebooks).half(), explained
 
 # %% ../../nbs/04b_codec_training.ipynb #063da59c
 def mel_distance(
@@ -211,9 +211,9 @@ def fit_mel_codec(
         raise CodecError(f'{start}: is not mel-rvq with {entries} entries and {settings}; begin with one that is, or with none')
     wavs = corpus_wavs(corpus)
     x = training_frames(wavs, n_frames, mel_analysis(settings), seed, progress)
-    books, explained = fit_books(x, entries, rounds=rounds, seed=seed, start=first and first.books, progress=progress)
+    codebooks, explained = fit_books(x, entries, rounds=rounds, seed=seed, start=first and first.codebooks, progress=progress)
     card = dict(fitted_on=f'{len(wavs)//2} pairs of the demo corpus', frames=len(x), rounds=rounds, seed=seed, variance_explained=explained) | (dict(start=first.hash) if first else {})
-    codec = MelCodec(books, settings, card, spectra=first and first.spectra, backing=first and first.backing)
+    codec = MelCodec(codebooks, settings, card, spectra=first and first.spectra, backing=first and first.backing)
     if held_out:
         folders = sorted({p.parent for p in corpus_wavs(held_out)})
         card['held_out'] = codec_figures(codec, folders, progress=progress)
@@ -236,12 +236,12 @@ def fit_pitch_codec(
     if not isinstance(codec, MelCodec): raise CodecError(f'{start}: is not mel-rvq; only that has a codec for backings')
     wavs, P = [w for w in corpus_wavs(corpus) if w.stem == 'backing'], settings.pitches
     x = training_frames(wavs, n_frames, PitchAnalysis(settings), seed, progress)
-    books, explained = torch.zeros(4, codec.cardinality, x.shape[1]), []
+    codebooks, explained = torch.zeros(4, codec.cardinality, x.shape[1]), []
     for stages, where in ((slice(0, 3), slice(0, P)), (slice(3, 4), slice(P, None))):
-        books[stages, :, where], shares = fit_books(x[:, where], codec.cardinality, stages.stop - stages.start, rounds, seed, progress=progress)
+        codebooks[stages, :, where], shares = fit_books(x[:, where], codec.cardinality, stages.stop - stages.start, rounds, seed, progress=progress)
         explained += shares
     card = dict(fitted_on=f'{len(wavs)} backings of the demo corpus', frames=len(x), rounds=rounds, seed=seed, variance_explained=explained)
-    fitted = MelCodec(codec.books, codec.settings, codec.card | dict(backings=card), spectra=codec.spectra, backing=PitchCodec(books, settings))
+    fitted = MelCodec(codec.codebooks, codec.settings, codec.card | dict(backings=card), spectra=codec.spectra, backing=PitchCodec(codebooks, settings))
     fitted.save(out)
     return fitted
 

@@ -19,18 +19,18 @@ from torch.utils.data import default_collate
 from ..codec import load_codec
 from ..config import RunConfig, parse, to_dict
 from ..data.dataset import CodesDataset, DatasetError, ResumableSampler, make_loader
-from ..files import append_jsonl, locked, open_own, output_path, reason, replace_dir, sweep, write_tensors
-from ..model.transformer import SaxGPT, next_step_loss, real_steps
+from ..files import append_jsonl, locked, open_own, output_path, reason, replace_dir, remove_leftovers, write_tensors
+from ..model.transformer import SaxGPT, next_step_loss, padding_mask
 from ..remote import RemoteError, put
-from .budget import (compile_gain, has_bf16, keep_freed_memory, memory_gb, peak_flops,
+from .throughput import (compile_gain, has_bf16, keep_freed_memory, memory_gb, peak_flops,
                                     window_flops)
-from .checkpoint import CheckpointError, find_checkpoint, link_checkpoint, load_trainer_state, load_weights, save_checkpoint, verify
-from .dist import World, barrier, broadcast, gather, joined, no_sync, shares, total, wrap
-from .listening import embed_vectors, forget_past, missed_at
-from .mirror import Mirror
-from .optim import Average, Schedule, make_optimizer
-from .sampling import own_codes, share_at
-from ..words import Said, bar, say
+from .checkpoint import CheckpointError, current_names, find_checkpoint, link_checkpoint, load_trainer_state, load_weights, save_checkpoint, verify
+from .dist import World, barrier, broadcast, gather, joined, no_sync, micro_batch_weights, total, wrap
+from .conditioning import init_embeddings_from_codec, drop_context, context_dropout_rate
+from .run_sync import RunSync
+from .optim import EMA, Schedule, make_optimizer
+from .sampling import scheduled_sampling_input, scheduled_sampling_rate
+from ..words import SafeStderr, bar, notify
 
 # %% ../../nbs/07d_loop.ipynb #b13752de
 class TrainingError(ValueError):
@@ -107,27 +107,27 @@ class Trainer:
         world:World=World(), # this process among all
     ):
         t, self.cfg, self.world = cfg.training, cfg, world
-        self.mirror = Mirror(t.output_dir, world.main)
-        self.out, self.checkpoints = self.mirror.folder, self.mirror.folder/'checkpoints'
+        self.run_sync = RunSync(t.output_dir, world.main)
+        self.out, self.checkpoints = self.run_sync.folder, self.run_sync.folder/'checkpoints'
         if world.device.type == 'cpu':
             torch.set_flush_denormal(True)
             keep_freed_memory()
         self.loader, self.val_loader = open_data(cfg, world)
         torch.manual_seed(t.seed)
         self.model = SaxGPT(cfg.model).to(world.device)
-        self.average, self.optimizer = Average(self.model, t.ema_decay), make_optimizer(self.model, t.optimizer)
+        self.average, self.optimizer = EMA(self.model, t.ema_decay), make_optimizer(self.model, t.optimizer)
         self.net, self.compiled = wrap(self.model, world), None
         self.heads = self.model.heads if world.device.type == 'cpu' else None      # which make the loss without all logits
         self.schedule = Schedule(t.scheduler, 1)
         self.make_plan()
         self.half = half_type(t.precision, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.half is torch.float16)
-        self.step = self.skipped = self.overflows = self.worse = self.stop = self.since = self.frames = 0
+        self.step = self.skipped = self.overflows = self.worse = self.stop = self.steps_since_log = self.frames = 0
         self.sums, self.bad = torch.zeros(cfg.model.num_codebooks + 2, device=world.device), torch.zeros((), device=world.device)
         w = torch.tensor(t.codebook_weights or [1.]*cfg.model.num_codebooks, dtype=torch.float64)
         self.emphasis = (w/w.mean()).float().to(world.device)          # (K,)
-        self.whole = False                                             # whether `last` can be relied on
-        self.taken, self.moved = [], False                             # steps since the last look at `bad`; whether the last one counted
+        self.last_is_valid = False                                             # whether `last` can be relied on
+        self.pending_steps, self.stepped = [], False                             # steps since the last look at `bad`; whether the last one counted
         self.best, self.val, self.val_due, self.last_loss = math.inf, None, False, None
         self.started_at = self.saved_at = time.monotonic()
         self.seconds = self.logged_at = self.waited = 0.
@@ -154,9 +154,9 @@ class Trainer:
     @property
     def place(self)->tuple: return self.loader.sampler.epoch, self.loader.sampler.position
 
-    def say(self, text:str):
+    def notify(self, text:str):
         "One line for a person, from one process."
-        if self.world.main: say(text)
+        if self.world.main: notify(text)
 
 # %% ../../nbs/07d_loop.ipynb #db8df58c
 @patch
@@ -171,19 +171,19 @@ def make_plan(self:Trainer, step:int=0):
 
 # %% ../../nbs/07d_loop.ipynb #8d043c29
 @patch
-def learn(self:Trainer,
+def backward(self:Trainer,
     batch:dict, # of this process
     weights:torch.Tensor, # (K,) how much it counts
     last:bool, # whether the step ends with it
 )->torch.Tensor: # (K,) its part of the step's loss
     "Add the gradients of a micro-batch."
-    padded = real_steps(batch['backing'], self.cfg.model.padding_idx) is not None       # known here, where nothing has to wait for a GPU
+    padded = padding_mask(batch['backing'], self.cfg.model.padding_idx) is not None       # known here, where nothing has to wait for a GPU
     b = {k: v.to(self.world.device, non_blocking=True) for k,v in (batch | dict(weights=weights)).items()}
-    heard, share = b['lead'], share_at(self.cfg.training.scheduled_sampling, self.step)
+    heard, share = b['lead'], scheduled_sampling_rate(self.cfg.training.scheduled_sampling, self.step)
     if share:
-        with self.autocast(): heard = own_codes(self.model, b['backing'], heard, b['valid'], share, padded)
-    missed = missed_at(past := self.cfg.training.history, self.step)
-    if missed or past.stretches: heard = forget_past(heard, self.cfg.model.padding_idx, missed, past.stretches)
+        with self.autocast(): heard = scheduled_sampling_input(self.model, b['backing'], heard, b['valid'], share, padded)
+    missed = context_dropout_rate(past := self.cfg.training.context_dropout, self.step)
+    if missed or past.span_rate: heard = drop_context(heard, self.cfg.model.padding_idx, missed, past.span_rate)
     with no_sync(self.net, not last):
         with self.autocast():
             out = self.net(b['backing'], heard, padded, not self.heads)
@@ -195,7 +195,7 @@ def learn(self:Trainer,
 
 # %% ../../nbs/07d_loop.ipynb #a39e63af
 @patch
-def move(self:Trainer,
+def optimizer_step(self:Trainer,
     each:torch.Tensor, # (K,) losses
     place:tuple, # epoch and position where the step's windows begin
 ):
@@ -207,14 +207,14 @@ def move(self:Trainer,
     self.scaler.step(self.optimizer)
     self.scaler.update()
     self.optimizer.zero_grad(set_to_none=True)
-    self.moved = self.scaler.get_scale() >= scale
-    if self.moved:
+    self.stepped = self.scaler.get_scale() >= scale
+    if self.stepped:
         self.average.update(self.step)
         self.sums += torch.cat([each, torch.where(fine, norm, 0)[None], fine[None]])
-        self.taken.append((self.step, *place, fine))
-        self.step, self.since, self.overflows = self.step + 1, self.since + 1, 0
+        self.pending_steps.append((self.step, *place, fine))
+        self.step, self.steps_since_log, self.overflows = self.step + 1, self.steps_since_log + 1, 0
     else: self.skipped, self.overflows = self.skipped + 1, self.overflows + 1
-    if self.overflows == 50: self.give_up(self.step, *place, 'fp16 overflowed 50 times in a row')
+    if self.overflows == 50: self.abort(self.step, *place, 'fp16 overflowed 50 times in a row')
 
 @patch
 def train_step(self:Trainer,
@@ -223,9 +223,9 @@ def train_step(self:Trainer,
 )->list: # stop and save requests, summed over processes
     "One step of the optimiser."
     late = self.world.main and time.monotonic() - self.saved_at > self.save_seconds
-    weights, asked = shares(torch.stack([b['valid'].sum((0, 2)) for b in group]), torch.tensor([self.stop, late]))
+    weights, asked = micro_batch_weights(torch.stack([b['valid'].sum((0, 2)) for b in group]), torch.tensor([self.stop, late]))
     self.schedule.set(self.optimizer, self.step)
-    self.move(sum(self.learn(b, w, b is group[-1]) for b,w in zip(group, weights)), place)
+    self.optimizer_step(sum(self.backward(b, w, b is group[-1]) for b,w in zip(group, weights)), place)
     return asked.tolist()
 
 # %% ../../nbs/07d_loop.ipynb #f556f6a5
@@ -236,7 +236,7 @@ def validate(self:Trainer)->torch.Tensor: # (K,) nats; None when asked to stop
     self.val_loader.sampler.set(0)
     self.model.eval()
     sums = torch.zeros(2, K, device=self.world.device)
-    with self.average.swapped(), torch.no_grad(), self.autocast():
+    with self.average.applied(), torch.no_grad(), self.autocast():
         for batch in islice(self.val_loader, t.val_batches and -(-t.val_batches//n)):
             if self.stop: break
             b = {k: v.to(self.world.device, non_blocking=True) for k,v in batch.items()}
@@ -257,9 +257,9 @@ def log(self:Trainer, split:str, **values):
     if not self.world.main: return
     try:
         append_jsonl(self.out/'metrics.jsonl', line)
-        self.mirror.logged()
+        self.run_sync.logged()
     except OSError as e:
-        if time.monotonic() - self.complained_at > 60: self.say(f'{self.out/"metrics.jsonl"}: {why(e)}; lines are lost, training goes on')
+        if time.monotonic() - self.complained_at > 60: self.notify(f'{self.out/"metrics.jsonl"}: {why(e)}; lines are lost, training goes on')
         self.complained_at = time.monotonic()
 
 @patch
@@ -267,7 +267,7 @@ def clock(self:Trainer)->float: return self.seconds + time.monotonic() - self.st
 
 @patch
 @contextmanager
-def aside(self:Trainer):
+def paused(self:Trainer):
     "Time that is not spent on steps."
     self.aside_at = time.monotonic()
     try: yield
@@ -280,7 +280,7 @@ def lap(self:Trainer)->float: # s
 
 # %% ../../nbs/07d_loop.ipynb #008109a8
 @patch
-def keep_batch(self:Trainer,
+def dump_batch(self:Trainer,
     step:int, # that went wrong
     epoch:int, # and position: where its windows begin
     position:int,
@@ -295,23 +295,23 @@ def keep_batch(self:Trainer,
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder/f'windows-{self.world.rank}.safetensors', default_collate([data[i] for i in windows]), about)
     if self.world.main: save_checkpoint(folder/'weights', self.model, self.cfg, self.codec, step=step)
-    if not self.mirror.url: return folder
+    if not self.run_sync.url: return folder
     for p in [*folder.glob('weights/*')]*self.world.main + [folder/f'windows-{self.world.rank}.safetensors']:
-        put(p, f'{self.mirror.url}/{p.relative_to(self.out).as_posix()}')
-    return f'{self.mirror.url}/{folder.name}'
+        put(p, f'{self.run_sync.url}/{p.relative_to(self.out).as_posix()}')
+    return f'{self.run_sync.url}/{folder.name}'
 
 @patch
 def check_finite(self:Trainer):
     "Stop a run whose loss is not a number any more."
-    taken, self.taken = self.taken, []
+    taken, self.pending_steps = self.pending_steps, []
     if not self.bad.item(): return
     fine = torch.stack([f for *_,f in taken]).tolist()
-    self.give_up(*taken[fine.index(False)][:3], 'the loss or its gradient is not a number')
+    self.abort(*taken[fine.index(False)][:3], 'the loss or its gradient is not a number')
 
 @patch
-def give_up(self:Trainer, step, epoch, position, what):
+def abort(self:Trainer, step, epoch, position, what):
     "Keep the windows of a step, and stop."
-    try: kept = f'the windows and the weights of that step are in {self.keep_batch(step, epoch, position)}; look at them, '
+    try: kept = f'the windows and the weights of that step are in {self.dump_batch(step, epoch, position)}; look at them, '
     except OSError as e: kept = f'they could not be saved ({reason(e)}); '
     raise TrainingError(f'step {step}: {what}; {kept}lower training.optimizer.lr or set training.precision to bf16 or fp32, '
                         f'and run again: it goes on from the last checkpoint in {self.checkpoints}')
@@ -322,7 +322,7 @@ def log_train(self:Trainer)->float: # mean loss
     "Log the mean over the steps since the last line."
     self.check_finite()
     sums, t = total(self.sums.double().cpu()), self.cfg.training
-    *each, norm, n = (sums / (self.since * self.world.size)).tolist()
+    *each, norm, n = (sums / (self.steps_since_log * self.world.size)).tolist()
     seconds, peak = max(1e-9, self.lap()), peak_flops(self.world.device)
     values = dict(loss=sum(each)/len(each), codebooks=each, lr=self.optimizer.param_groups[0]['lr'], grad_norm=norm/n if n else None,
                   frames_per_s=round(self.frames/seconds, 1), data_wait=round(self.waited/seconds, 4),
@@ -330,11 +330,11 @@ def log_train(self:Trainer)->float: # mean loss
     if peak:
         seq_len, K = self.loader.dataset.seq_len, self.cfg.model.num_codebooks
         values['mfu'] = round(self.frames/seq_len/seconds*window_flops(self.cfg.model, seq_len + K)/(peak*self.world.size), 4)
-    if share := share_at(t.scheduled_sampling, self.step - 1): values['sampled'] = round(share, 4)
-    if share := missed_at(t.history, self.step - 1): values['no_past'] = round(share, 4)
+    if share := scheduled_sampling_rate(t.scheduled_sampling, self.step - 1): values['sampled'] = round(share, 4)
+    if share := context_dropout_rate(t.context_dropout, self.step - 1): values['no_past'] = round(share, 4)
     self.log('train', **values)
     self.sums.zero_()
-    self.since, self.frames, self.skipped, self.waited, self.logged_at = 0, 0, 0, 0., self.clock()
+    self.steps_since_log, self.frames, self.skipped, self.waited, self.logged_at = 0, 0, 0, 0., self.clock()
     return values['loss']
 
 # %% ../../nbs/07d_loop.ipynb #e0fa0fdf
@@ -355,7 +355,7 @@ def _rng(device):
     states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == 'cuda' else [])
     return torch.cat(states)
 
-KEPT = 'step', 'skipped', 'since', 'frames', 'waited', 'val', 'val_due', 'compiled'
+KEPT = 'step', 'skipped', 'steps_since_log', 'frames', 'waited', 'val', 'val_due', 'compiled'
 
 def _set_rng(state, device):
     n = torch.get_rng_state().numel()
@@ -375,10 +375,10 @@ def state_dict(self:Trainer)->dict:
 def load_state_dict(self:Trainer, state:dict):
     "Stand where another run stood, whose weights file has been loaded."
     self.average.reset()
-    if state['weights']: self.model.load_state_dict(state['weights'])
+    if state['weights']: self.model.load_state_dict(current_names(state['weights']))
     check_moments(self.optimizer, state['optimizer'])
     for k in ('optimizer', 'schedule', 'scaler'): getattr(self, k).load_state_dict(state[k])
-    for k in ('seconds', *KEPT): setattr(self, k, state[k])
+    for k in ('seconds', *KEPT): setattr(self, k, state['since' if k not in state and k == 'steps_since_log' else k])  # as it once was called
     self.best, self.worse = math.inf if state['best'] is None else state['best'], state.get('worse', 0)
     self.logged_at = self.seconds - state['lap']
     self.load_ranks(state['rng'], state['sums'])
@@ -392,7 +392,7 @@ def load_ranks(self:Trainer, rng:list, sums:list):
     before, n, rank = len(rng), self.world.size, self.world.rank
     if before == n: _set_rng(rng[rank], self.world.device)
     else:
-        self.say(f'{before} process{"es" if before > 1 else ""} before, now {n}: a step holds {n/before:g} times as many windows as before')
+        self.notify(f'{before} process{"es" if before > 1 else ""} before, now {n}: a step holds {n/before:g} times as many windows as before')
         torch.manual_seed(hash((self.cfg.training.seed, self.step, rank)))
     self.sums.copy_(sums[rank] if before == n else torch.stack(sums).mean(0))
 
@@ -404,11 +404,11 @@ def load_data(self:Trainer, state:dict):
     if d := [k for k in now if then[k] != now[k]]:
         s.set(then['epoch'] + 1)
         what = 'the seed has changed' if d == ['seed'] else f'the data have changed since the checkpoint: {then["n"]} windows, now {s.n}'
-        self.say(f'{what}; going on with a new pass over them')
+        self.notify(f'{what}; going on with a new pass over them')
     else: self.loader.load_state_dict(then)
     if state['val_data'] != self.val_data:
         self.best, self.schedule.best, self.worse = math.inf, math.inf, 0
-        self.say('the validation set has changed since the checkpoint: what was best before does not count any more')
+        self.notify('the validation set has changed since the checkpoint: what was best before does not count any more')
 
 # %% ../../nbs/07d_loop.ipynb #8eed9e34
 @patch
@@ -426,7 +426,7 @@ def save(self:Trainer,
         except OSError as e:
             if self.stop or self.over: raise
             self.saved_at += 60 - self.save_seconds
-            self.say(f'{self.checkpoints/"last"}: not saved ({why(e)}); training goes on and tries again in a minute')
+            self.notify(f'{self.checkpoints/"last"}: not saved ({why(e)}); training goes on and tries again in a minute')
     barrier()
 
 @patch
@@ -436,13 +436,13 @@ def write(self:Trainer,
 ):
     "Write a checkpoint under all its names."
     new, last = self.checkpoints/'.new', self.checkpoints/'last'
-    with self.average.swapped():
+    with self.average.applied():
         save_checkpoint(new, self.model, self.cfg, self.codec, state, step=self.step, metrics=dict(val=self.val, epoch=self.epoch))
     for name in names: link_checkpoint(new, self.checkpoints/name)
-    if self.whole and last.is_dir(): link_checkpoint(last, self.checkpoints/'previous')
+    if self.last_is_valid and last.is_dir(): link_checkpoint(last, self.checkpoints/'previous')
     replace_dir(new, last)
-    self.whole = True
-    self.mirror.push(*names)
+    self.last_is_valid = True
+    self.run_sync.push(*names)
 
 # %% ../../nbs/07d_loop.ipynb #b42af717
 HARMLESS = 'dropout', 'condition_dropout', 'max_seq_len'
@@ -477,12 +477,12 @@ def check_resumed(self:Trainer,
                             ' (null: from nothing)'*other.endswith('checkpoint'))
     theirs = {k: about[k] for k in self.codec}
     if theirs == self.codec: pass
-    elif self.continues(theirs): self.say(f'{folder}: trained on codes of the codec that this one was fitted from; it has to learn where they went')
+    elif self.continues(theirs): self.notify(f'{folder}: trained on codes of the codec that this one was fitted from; it has to learn where they went')
     else:
         raise TrainingError('{}: trained on codes of {codec_name} ({codec_hash}), but '.format(folder, **theirs) +
                             '{} holds codes of {codec_name} ({codec_hash}); make them again with the codec of the checkpoint, or begin '
                             'from nothing with training.resume_from_checkpoint=null'.format(self.loader.dataset.path, **self.codec))
-    if d := differences(then, now): self.say('changed since the checkpoint: ' + '; '.join(d))
+    if d := differences(then, now): self.notify('changed since the checkpoint: ' + '; '.join(d))
 
 # %% ../../nbs/07d_loop.ipynb #f8582ba5
 @patch
@@ -522,16 +522,16 @@ def find(self:Trainer)->dict: # what to load; None if there is nothing
         try: about = verify(folder)
         except CheckpointError as e:
             if folder == found[-1]: raise
-            self.say(str(e).removesuffix(', use another one') + '; taking the one before')
+            self.notify(str(e).removesuffix(', use another one') + '; taking the one before')
             continue
         self.check_resumed(folder, about)
         load_weights(self.model, folder)
-        self.whole = folder == self.checkpoints/'last'
+        self.last_is_valid = folder == self.checkpoints/'last'
         state = usable(folder, load_trainer_state, folder) if (folder/'trainer.json').exists() else None
-        self.say(f'going on from {folder}, step {about["step"]}' if state else f'a new run, from the weights in {folder}')
+        self.notify(f'going on from {folder}, step {about["step"]}' if state else f'a new run, from the weights in {folder}')
         return ready(state, folder)
     if name := self.cfg.training.embeddings_from:
-        embed_vectors(self.model, load_codec(name), self.loader.dataset)
+        init_embeddings_from_codec(self.model, load_codec(name), self.loader.dataset)
         return ready()
 
 @patch
@@ -570,7 +570,7 @@ def stop_signals(
 
 # %% ../../nbs/07d_loop.ipynb #3a1805b5
 @patch
-def check_up(self:Trainer,
+def validate_and_save(self:Trainer,
     *names, # names of the checkpoint beside 'last'
 )->bool: # whether to stop
     "Validate and save, as `best` too if it is."
@@ -590,8 +590,8 @@ def check_up(self:Trainer,
         self.schedule.observe(self.val)
         self.worse += 1
         if self.val < self.best: self.best, self.worse, names, best = self.val, 0, (*names, 'best'), ' best'
-        self.say(f'step {self.step}, epoch {self.epoch:.2f}: validation {self.val:.4f} ({" ".join(f"{x:.3f}" for x in each)}){best}')
-        if self.hopeless(): self.say(f'{self.worse} validations without a better one (training.patience): this is the end; the best is in {self.checkpoints/"best"}')
+        self.notify(f'step {self.step}, epoch {self.epoch:.2f}: validation {self.val:.4f} ({" ".join(f"{x:.3f}" for x in each)}){best}')
+        if self.hopeless(): self.notify(f'{self.worse} validations without a better one (training.patience): this is the end; the best is in {self.checkpoints/"best"}')
     self.save(*names)
     return False
 
@@ -601,28 +601,28 @@ def after_step(self:Trainer,
 )->bool: # whether to stop
     "What is due after a step."
     t = self.cfg.training
-    if self.since and (self.over or self.moved and self.step % t.log_interval == 0): self.last_loss = self.log_train()
-    self.val_due = self.over or (self.epoch_end if t.val_interval is None else self.moved and self.step % t.val_interval == 0)
+    if self.steps_since_log and (self.over or self.stepped and self.step % t.log_interval == 0): self.last_loss = self.log_train()
+    self.val_due = self.over or (self.epoch_end if t.val_interval is None else self.stepped and self.step % t.val_interval == 0)
     stop, names = bool(asked[0] or (self.world.size == 1 and self.stop)), self.names
-    with self.aside():
-        if self.val_due and not stop: stop = self.check_up(*names)
+    with self.paused():
+        if self.val_due and not stop: stop = self.validate_and_save(*names)
         elif stop or names or asked[1]: self.save(*names)
     return stop
 
 # %% ../../nbs/07d_loop.ipynb #f809f6f5
 @patch
-def introduce(self:Trainer,
+def log_start(self:Trainer,
     event:str, # 'start' or 'resume'
 ):
     "Say what is going to happen, and log it."
     d, w, n = self.loader.dataset, self.world, sum(p.numel() for p in self.model.parameters())
     each = f'{len(d)} windows of {d.seq_len/float(d.meta.get("frame_rate", 50)):g} s'
-    self.say(f'{n/1e6:.1f} M parameters, {each}, {self.total} steps, {w.size} x {w.device.type} in {str(self.half or torch.float32)[6:]}' +
+    self.notify(f'{n/1e6:.1f} M parameters, {each}, {self.total} steps, {w.size} x {w.device.type} in {str(self.half or torch.float32)[6:]}' +
              ', compiled'*bool(self.compiled))
-    if w.device.type == 'cpu' and self.half and not has_bf16(): self.say(
+    if w.device.type == 'cpu' and self.half and not has_bf16(): self.notify(
         'this processor only emulates bf16, which takes several times as long as fp32: training.precision=fp32 is faster')
     if self.val_loader is None:
-        self.say('no validation set, or an empty one: nothing is validated and there is no checkpoint `best`; use `last`' +
+        self.notify('no validation set, or an empty one: nothing is validated and there is no checkpoint `best`; use `last`' +
                  '; the learning rate of a plateau schedule does not fall'*(self.cfg.training.scheduler.type == 'plateau'))
     self.log('run', event=event, total_steps=self.total, processes=w.size, device=w.device.type, parameters=n)
 
@@ -637,8 +637,8 @@ def compile(self:Trainer,
         batch = default_collate([d[i] for i in range(min(len(d), self.cfg.training.batch_size))])
         gain, first = compile_gain(self.net, compiled, {k: v.to(w.device) for k,v in batch.items()}, self.autocast, total), self.compiled is None
         self.compiled = gain > (1 if first else 0)
-        if not gain: self.say('the model cannot be compiled on this machine (is there a C++ compiler?); going on without')
-        elif first: self.say(f'a compiled step is {gain:.2f} times as fast' + '; going on without'*(not self.compiled))
+        if not gain: self.notify('the model cannot be compiled on this machine (is there a C++ compiler?); going on without')
+        elif first: self.notify(f'a compiled step is {gain:.2f} times as fast' + '; going on without'*(not self.compiled))
     if self.compiled: self.net = compiled
 
 # %% ../../nbs/07d_loop.ipynb #06eb4eec
@@ -668,14 +668,14 @@ def steps(self:Trainer):
 def fit(self:Trainer)->int: # 0, or the signal that stopped the run
     "Train to the end, from wherever the output folder stands; `WriteError` if another run is at work there."
     with locked(self.out) if self.world.main else nullcontext():
-        if self.world.main: self.claim(); sweep(self.checkpoints); self.mirror.pull()
+        if self.world.main: self.claim(); remove_leftovers(self.checkpoints); self.run_sync.pull()
         try: status = self.run()
         except Exception:
-            try: self.mirror.close()
-            except RemoteError as e: self.say(str(e))
+            try: self.run_sync.close()
+            except RemoteError as e: self.notify(str(e))
             raise
         finally: self.loader.close()
-        self.mirror.close()
+        self.run_sync.close()
         return status
 
 @patch
@@ -687,14 +687,14 @@ def run(self:Trainer)->int: # 0, or the signal that stopped the run
     self.net.train()
     self.compile()
     self.started_at = self.saved_at = time.monotonic()
-    self.introduce('resume' if resumed else 'start')
+    self.log_start('resume' if resumed else 'start')
     def note(signum):
         self.stop = signum
-        self.say(f'{signal.Signals(signum).name}: saving after this step (once more to leave at once)')
-    live = Said().isatty()
+        self.notify(f'{signal.Signals(signum).name}: saving after this step (once more to leave at once)')
+    live = SafeStderr().isatty()
     with stop_signals(note), bar(total=self.total, initial=self.step, disable=not (t.use_pbar and self.world.main), unit='step',
                                   dynamic_ncols=True, mininterval=.2 if live else 30) as shown:
-        stopped = bool(self.val_due and self.check_up(*(self.names if self.step else ())))
+        stopped = bool(self.val_due and self.validate_and_save(*(self.names if self.step else ())))
         while not (self.over or stopped):
             for group,place in self.steps():
                 stopped = self.after_step(self.train_step(group, place))
@@ -705,7 +705,7 @@ def run(self:Trainer)->int: # 0, or the signal that stopped the run
     if not (self.checkpoints/'last').exists(): self.save()              # there was nothing to do
     how = f'stopped after step {self.step} of {self.total}; the same command goes on' if stopped else f'finished at step {self.step}'
     self.log('run', event='stop' if stopped else 'finish', total_steps=self.total)
-    self.say(f'{how}; checkpoints and metrics.jsonl are in {self.mirror.url or self.out}')
+    self.notify(f'{how}; checkpoints and metrics.jsonl are in {self.run_sync.url or self.out}')
     return self.stop or (signal.SIGTERM if stopped else 0)
 
 # %% ../../nbs/07d_loop.ipynb #24f0a75c

@@ -14,8 +14,8 @@ import numpy as np, soundfile as sf, torch
 from ..codec import CodecError, MelCodec, dequantize, load_codec, log_mel_frames, magnitudes, quantize
 from ..config import command
 from ..files import content_hash, output_path, read_tensors, write_tensors
-from ..spectra import Spectra, load_spectra
-from .budget import has_bf16
+from ..spectra import MelInverter, load_spectra
+from .throughput import has_bf16
 from .codec import codec_figures, corpus_wavs, varied
 from ..words import bar
 
@@ -39,9 +39,9 @@ def pair(
     x:np.ndarray, # (n,) at 32 kHz
 )->tuple: # log-mel frames behind the codes (2T,M), amplitudes (F,2T), float32
     "What the network is given, and what it should find."
-    books, x = codec.books.float(), torch.from_numpy(x)
+    codebooks, x = codec.codebooks.float(), torch.from_numpy(x)
     frames = log_mel_frames(x, codec.window, codec.bands, codec.settings.floor).float()
-    return dequantize(quantize(frames, books), books).reshape(-1, codec.settings.n_mels), magnitudes(x, codec.window.float())
+    return dequantize(quantize(frames, codebooks), codebooks).reshape(-1, codec.settings.n_mels), magnitudes(x, codec.window.float())
 
 def spectral_loss(
     got:torch.Tensor, # (B,n,F) log-amplitudes
@@ -83,14 +83,14 @@ def fit_spectra(
     codec, wavs, said, folder = load_codec(folder), corpus_wavs(corpus), [], Path(folder).resolve()
     if not isinstance(codec, MelCodec): raise CodecError(f'{folder}: is not mel-rvq; the spectra belong to that')
     torch.manual_seed(seed)
-    net, bands = Spectra(codec.bands, channels, blocks, codec.settings.floor), codec.bands.float()
+    net, bands = MelInverter(codec.bands, channels, blocks, codec.settings.floor), codec.bands.float()
     first = load_codec(start) if start else None
     if first: _begin(net, first, start)
     names, params = zip(*net.named_parameters())
     opt = torch.optim.AdamW(params, lr, betas=(.9, .99))
     output_path(folder, corpus, start, held_out, folder=True)
     state, begun = output_path(folder.with_name(f'{folder.name}.spectra'), corpus, start, held_out, named=False), 0
-    run = content_hash(codec.hash, [str(w) for w in wavs], steps, batch, seconds, channels, blocks, lr, seed, *([first.voice] if first else []))
+    run = content_hash(codec.hash, [str(w) for w in wavs], steps, batch, seconds, channels, blocks, lr, seed, *([first.decoder_hash] if first else []))
     if state.exists() and (found := read_tensors(state))[1].get('run') == run:
         begun = int(found[1]['step'])
         for n, p in zip(names, params):
@@ -109,7 +109,7 @@ def fit_spectra(
             moments = {f'{n} {k}': opt.state[p][k] for n, p in zip(names, params) for k in ('exp_avg', 'exp_avg_sq')}
             write_tensors(state, {n: p.data for n, p in zip(names, params)} | moments, dict(run=run, step=str(step + 1)))
     codec.spectra = load_spectra(net.half_state(), codec.bands, codec.settings.floor)           # as it is stored
-    codec.card['spectra'] = dict(corpus=f'{len(wavs)//2} pairs of the demo corpus, varied', steps=steps, batch=batch, seconds=seconds, seed=seed) | (dict(start=first.voice) if first else {})
+    codec.card['spectra'] = dict(corpus=f'{len(wavs)//2} pairs of the demo corpus, varied', steps=steps, batch=batch, seconds=seconds, seed=seed) | (dict(start=first.decoder_hash) if first else {})
     codec.card.pop('held_out', None)                                                        # of another network
     if held_out: codec.card['held_out'] = codec_figures(codec, sorted({p.parent for p in corpus_wavs(held_out)}), progress=progress)
     codec.save(folder)

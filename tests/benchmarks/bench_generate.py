@@ -29,7 +29,7 @@ import torch  # noqa: E402  the number of threads comes first
 from torch import nn  # noqa: E402
 
 from saxgpt.config import ModelConfig, RunConfig, load_config  # noqa: E402
-from saxgpt.model.decoding import CompiledStep, GraphStep, Step, laid_out, light  # noqa: E402
+from saxgpt.model.decoding import CompiledStep, GraphStep, Step, pack_decoder_weights, quantize_decoder  # noqa: E402
 from saxgpt.model.transformer import SaxGPT, next_step_loss  # noqa: E402
 
 torch.set_num_threads(args.threads)
@@ -61,7 +61,7 @@ def codes(*shape): return torch.randint(0, 2048, shape, device=dev)
 
 def model_of(size, **kw):
     cfg = load_config(RunConfig, size).model.model_dump() | dict(fusion='cross', dropout=0., condition_dropout=0.) | kw
-    return laid_out(SaxGPT(ModelConfig(**cfg)).eval().to(dev))
+    return pack_decoder_weights(SaxGPT(ModelConfig(**cfg)).eval().to(dev))
 
 
 def stepper(model, B, frames=FRAMES, at=AT, steps=args.steps, kind=GraphStep if gpu else Step):
@@ -121,10 +121,10 @@ def playing(out):
     for size in args.sizes:
         model = model_of(size)
         for B in args.batches:
-            (ours, read), (less, _), (bare, n) = stepper(model, B), stepper(light(model), B), uncached(model, B)
+            (ours, read), (less, _), (bare, n) = stepper(model, B), stepper(quantize_decoder(model), B), uncached(model, B)
             runs = dict(ours=ours, light=less, transformers=musicgen(model.cfg, B))
             if gpu: runs['tr. compiled'] = musicgen(model.cfg, B, compiled=True)
-            else: runs |= {n: stepper(m, B, kind=CompiledStep)[0] for n, m in (('compiled', model), ('light compiled', light(model)))}
+            else: runs |= {n: stepper(m, B, kind=CompiledStep)[0] for n, m in (('compiled', model), ('light compiled', quantize_decoder(model)))}
             per = {k: args.steps/t for k, t in medians(runs).items()} | {'no cache': n/medians({'': bare}, 3)[''], 'floor': copy/read}
             print(f'{size:8}{B:6}' + ''.join(f'{per[n]:15.0f}' for n in names)
                   + '   ' + ' '.join(f'{per[n]/per["transformers"]:.2f}x' for n in mine), flush=True)
@@ -150,7 +150,7 @@ def learning(out):
                 for m in (model, twin): m.zero_grad()
             return run
         t = medians(dict(ours=whole(lambda: model(backing, lead)),
-                         twin=whole(lambda: model.heads(twin(model.steps(backing), model.steps(lead), tgt_mask=future, tgt_is_causal=True)))))
+                         twin=whole(lambda: model.heads(twin(model.embed_steps(backing), model.embed_steps(lead), tgt_mask=future, tgt_is_causal=True)))))
         # 6 x weights x steps for the matrices (Kaplan et al. 2020), 12 x layers x S^2 x D for attention, of which the causal one is half
         attention = 12*S*S*c.d_model*(c.num_encoder_layers + 1.5*c.num_decoder_layers)
         matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and 'table' not in n)
