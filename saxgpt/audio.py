@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import librosa, numpy as np, soundfile as sf, soxr
 
-from .containers import CHUNKS, Part, Window, after_tags, begins, parts
+from .containers import CHUNKS, Part, FileSlice, after_tags, begins, parts
 from .files import WriteError, atomic_path
 from .words import notify
 
@@ -40,7 +40,7 @@ def _packets(c, st):
     except av.error.BlockingIOError: pass
 
 def _av_blocks(
-    f, # a `Window`
+    f, # a `FileSlice`
     told, # gets `sr` (Hz), `promised` (seconds), `frames` and `bytes` that could be decoded, `errors`, `lossless`, `raw`
 ): # yields (C,n)
     "Sound by FFmpeg, frame by frame."
@@ -75,7 +75,7 @@ def _learn(c, st, told):
 
 # %% ../nbs/11_audio.ipynb #1576d072
 def _sf_blocks(
-    f, # a `Window`
+    f, # a `FileSlice`
     told, # gets `sr`, `promised` and `lossless`
     n:int=2**20, # samples in a piece
 ): # yields (C,n) float32
@@ -86,7 +86,7 @@ def _sf_blocks(
         while len(x := s.read(n, dtype='float32', always_2d=True)): yield x.T
 
 def _blocks(
-    f, # a `Window`
+    f, # a `FileSlice`
     told, # gets what the decoders tell
 ): # yields (C,n) float32
     "Sound by soundfile where it can, by FFmpeg from there on."
@@ -145,7 +145,7 @@ def _part_heard(path, f, part, told):
     "Decode a part of an open file; raises `AudioError`, at the latest at its end."
     n = 0
     if part.extra: _say(f'{path}: its header knows nothing of its last {part.extra} bytes; they are read as sound like the others')
-    for x in _blocks(Window(f, part), told):
+    for x in _blocks(FileSlice(f, part), told):
         if not np.isfinite(x).all(): raise AudioError(f'{path}: holds samples that are NaN or infinite; export it again')
         yield x
         n += x.shape[1]
@@ -195,7 +195,7 @@ def is_recording(
         with open(path, 'rb') as f:
             start, stop = after_tags(f, 0, path.stat().st_size), path.stat().st_size
             if begins(f, start) and begins(f, start).__name__ in ('_chunked', '_flac', '_wavpack', '_tta'): return True
-            for _ in _blocks(Window(f, Part(start, stop)), told):
+            for _ in _blocks(FileSlice(f, Part(start, stop)), told):
                 seen += 1
                 if seen == 20: break
         return claims or seen > 0 and not told.errors

@@ -8,8 +8,8 @@ __all__ = ['CHUNK', 'HUSH_DB', 'HALF', 'ROUNDING', 'HUB_REPO', 'ENCODEC_32KHZ', 
            'MelSettings', 'mel_bands', 'magnitudes', 'log_mel_frames', 'nearest', 'quantize', 'dequantize',
            'linear_spectra', 'peak_phases', 'griffin_lim', 'quantized', 'PitchCodec', 'chunk_frames', 'MelCodec',
            'check_target', 'import_encodec', 'encodec_layers', 'known_settings', 'to_encodec', 'in_chunks',
-           'split_at_lstm', 'StreamingConv', 'by_length', 'lstm_step', 'EncodecCodec', 'exact', 'from_folder', 'fetch',
-           'load_codec']
+           'split_at_lstm', 'StreamingConv', 'by_length', 'lstm_step', 'EncodecCodec', 'exact', 'from_folder',
+           'fetch_encodec', 'load_codec']
 
 # %% ../nbs/04a_codec.ipynb #926e6d74
 import json, math, re
@@ -662,7 +662,7 @@ def from_folder(
     except (OSError, ValueError) as e: raise CodecError(f'{folder}: model.safetensors cannot be read ({e})') from None
     return EncodecCodec(weights, config, chunk_len_s)
 
-def fetch(
+def fetch_encodec(
     revision:str=None, # branch, tag or commit
     cache_dir=None, # the hub's own cache when absent
     endpoint:str=None, # another hub
@@ -691,7 +691,7 @@ def load_codec(
     if str(name) in ('bundled', 'mel-rvq'): codec = MelCodec.load(weights_dir()/'mel-rvq', chunk_len_s)
     elif str(name) in ('encodec', 'encodec-32khz'):
         import_encodec()                       # nobody waits for weights that cannot be used
-        codec = from_folder(fetch(revision), chunk_len_s)
+        codec = from_folder(fetch_encodec(revision), chunk_len_s)
     elif (Path(name)/'codec.json').is_file(): codec = MelCodec.load(name, chunk_len_s)
     elif Path(name).is_dir(): codec = from_folder(name, chunk_len_s)
     else: raise CodecError(f'{name}: there is no such codec; name bundled, encodec, or a folder that holds one')

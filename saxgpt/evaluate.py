@@ -6,8 +6,8 @@
 __all__ = ['QUICK', 'GRID', 'VERSION', 'GROUP', 'Plan', 'make_plan', 'plain', 'ResultCache', 'round_robin', 'sample_windows',
            'TestSet', 'start_of', 'truth_at', 'recording_files', 'recorded', 'predict', 'check_cache', 'halved',
            'groups', 'player_key', 'play', 'SampleScorer', 'mean_ci', 'prediction', 'checks', 'sampling_row',
-           'sampling', 'fit_rows', 'spoilt_rows', 'sounds_of', 'frechet', 'apa_score', 'measure', 'differences',
-           'clean', 'evaluate', 'examples', 'summary', 'main']
+           'sampling', 'fit_rows', 'spoilt_rows', 'sounds_of', 'frechet', 'apa_score', 'measure_checkpoint',
+           'window_differences', 'clean', 'evaluate', 'examples', 'summary', 'main']
 
 # %% ../nbs/09_evaluation.ipynb #2f8ce5cd
 import copy, json, math, time
@@ -567,7 +567,7 @@ def apa_score(
     return judge.store('apa', [judge.decoder_hash, judge.tests.hash, judge.tests.dataset.seq_len, judge.sources, judged, plan.seed], work)
 
 # %% ../nbs/09_evaluation.ipynb #0b732f18
-def measure(
+def measure_checkpoint(
     checkpoint, # its name
     loaded:tuple, # model and what is known about it, as from `load_model`
     judge:SampleScorer,
@@ -593,7 +593,7 @@ def measure(
                    prediction=predicted, cache=cache_checks, sampling=rows, fit=fitted, apa=apa_score(judge, plan, judged, cache), fad=far)
     return numbers, each | more, judged
 
-def differences(
+def window_differences(
     mine:dict, # values per window
     theirs:dict,
     draws:int=1000,
@@ -642,12 +642,12 @@ def evaluate(
         kinds = ('real', 'shuffled', 'same_key') if judge.truthful else ('real', 'shuffled')
         shared = {kind: [judge.scores(k, kind) for k in progress(f'fit, {kind}'.replace('_', ' '))(range(len(samples)))] for kind in kinds}
         spoilt = spoilt_rows(judge, plan, shared, progress('fit, spoilt'))
-        models, values, played = zip(*[measure(c, loaded[c], judge, plan, shared, device, out/'items/points', progress)
+        models, values, played = zip(*[measure_checkpoint(c, loaded[c], judge, plan, shared, device, out/'items/points', progress)
                                        for c in (checkpoint, against) if c])
         def of(metric): return [tests.recording(i) for i in (samples if metric in models[0]['fit']
             else tests.choose(plan.windows, plan.seed)[0])]
         results = dict(saxgpt=__version__, plan=asdict(plan) | dict(samples=len(samples)), dataset=_dataset(judge), models=models,
-                       difference=differences(*values, plan.draws, of) if against else None, spoilt=spoilt,
+                       difference=window_differences(*values, plan.draws, of) if against else None, spoilt=spoilt,
                        samples=_samples(judge, shared, values))
         results = clean(plain(results))
         write_text(out/'results.json', json.dumps(results, indent=1, allow_nan=False) + '\n')

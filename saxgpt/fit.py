@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LATENCY', 'LOW', 'HOP', 'ESTIMATED', 'FIT', 'CORRUPTIONS', 'choose', 'logits_by_condition', 'listening_losses', 'gap',
-           'apart', 'onsets_of', 'active_frames', 'describe_solo', 'onset_curve', 'beats_of_backing', 'swing_of',
+           'merge_close', 'onsets_of', 'active_frames', 'describe_solo', 'onset_curve', 'beats_of_backing', 'swing_of',
            'semitones', 'fold', 'half_bars', 'chord_templates', 'likeliest', 'read_chords', 'chords_of_backing',
            'crop_truth', 'describe_backing', 'fit_scores', 'partner', 'transpose', 'corrupt']
 
@@ -81,7 +81,7 @@ from .metrics import (activity_f1, beat_chance, beat_f1, beat_window, chord_tone
 from .music.theory import NAMES, QUALITIES
 
 # %% ../nbs/09c_fit.ipynb #34a0cb93
-def apart(
+def merge_close(
     times, # (n,) seconds
     gap:float=.05, # s
 )->np.ndarray: # (m,) sorted
@@ -105,7 +105,7 @@ def onsets_of(
     jump = np.abs(np.diff(midi, prepend=np.nan)) > .6
     begins = voiced & (jump | ~np.r_[False, voiced[:-1]])
     jumps = t[begins] - .01                                            # pYIN's window is half into the new note
-    return apart(np.r_[rises, [j for j in jumps if not len(rises) or np.abs(rises - j).min() > .06]])
+    return merge_close(np.r_[rises, [j for j in jumps if not len(rises) or np.abs(rises - j).min() > .06]])
 
 # %% ../nbs/09c_fit.ipynb #df34dd40
 def active_frames(

@@ -6,7 +6,7 @@
 __all__ = ['BACKING_LUFS', 'PIECES', 'FAR', 'STRANGE_GUIDANCE', 'Samples', 'encode_audio', 'decode_stream', 'LazyEncoder',
            'stream', 'generate', 'distance_to_corpus', 'notice_strange', 'pitch_track', 'draw_chords', 'plot_solo',
            'out_paths', 'read_sound', 'read_backing', 'read_truth', 'steps_bar', 'write_sound', 'write_plot',
-           'generate_file', 'report', 'numbers', 'main']
+           'generate_file', 'print_summary', 'parse_numbers', 'main']
 
 # %% ../nbs/08_generation.ipynb #252c5503
 import json, math, os, sys, time
@@ -393,7 +393,7 @@ def generate_file(
     return paths
 
 # %% ../nbs/08_generation.ipynb #562b7ab5
-def report(
+def print_summary(
     paths:list, # From `generate_file`
     took:float, # Seconds
     seed:int, # One that has not been played yet
@@ -410,7 +410,7 @@ def report(
     print(f'Over your own recording, any format:  {here} my-track.mp3 -o out/my-solo.wav')
 
 # %% ../nbs/08_generation.ipynb #8fa7de5f
-def numbers(text): # a number, or several with commas between them
+def parse_numbers(text): # a number, or several with commas between them
     "`1.0` as a number, `1,1,0.9,0.8` as a list: one for each codebook."
     values = [float(v) for v in str(text).split(',')]
     return values[0] if len(values) == 1 else values
@@ -423,9 +423,9 @@ def main(
     plot:str=None, # where the picture goes; beside the solo when absent
     checkpoint:str='bundled', # folder of a checkpoint, or hf://USER/NAME
     temperature:Param('0: always the likeliest; one number, or one for each codebook as in 1,1,0.9,0.8; '
-                      f'{DEFAULT_SAMPLING["temperature"]:g} when absent, {DEFAULT_SAMPLING_NO_CFG["temperature"]:g} without guidance', numbers)=None,
-    top_k:Param('codes to choose from, one number or four; 0: all', numbers)=DEFAULT_SAMPLING['top_k'],
-    top_p:Param('share of the probability to choose from, one number or four; 0: all', numbers)=DEFAULT_SAMPLING['top_p'],
+                      f'{DEFAULT_SAMPLING["temperature"]:g} when absent, {DEFAULT_SAMPLING_NO_CFG["temperature"]:g} without guidance', parse_numbers)=None,
+    top_k:Param('codes to choose from, one number or four; 0: all', parse_numbers)=DEFAULT_SAMPLING['top_k'],
+    top_p:Param('share of the probability to choose from, one number or four; 0: all', parse_numbers)=DEFAULT_SAMPLING['top_p'],
     guidance:Param(f'weight of the backing, 1: as learnt; {DEFAULT_SAMPLING["guidance"]:g} when absent, 1 for a model without condition dropout', float)=None,
     density:float=0., # how much is played, from -1 (sparse) to 1 (busy); 0 as real solos do
     seed:int=0, # the same seed plays the same solo
@@ -440,4 +440,4 @@ def main(
     t0 = time.time()
     paths = generate_file(backing, output, mix, plot, checkpoint, seed, n, seconds, codec, prompt, light, compile,
                  temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, density=density)
-    report(paths, time.time() - t0, seed + n)
+    print_summary(paths, time.time() - t0, seed + n)

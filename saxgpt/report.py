@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['INK', 'COLORS', 'STYLE', 'CSS', 'POLICY', 'SERIES', 'WRONG', 'esc', 'num', 'span', 'table', 'picture', 'dots',
-           'legend', 'lines', 'player', 'fact', 'page', 'spoilt_part', 'far_note', 'fit_section', 'prediction_section',
-           'decoding_section', 'fad_section', 'cache_fault', 'notes', 'listen_section', 'compare_section', 'report']
+           'legend', 'line_chart', 'embedded_player', 'fact', 'page', 'spoilt_part', 'far_note', 'fit_section',
+           'prediction_section', 'decoding_section', 'fad_section', 'cache_fault', 'notes', 'listen_section',
+           'compare_section', 'report']
 
 # %% ../nbs/09d_report.ipynb #363f354e
 import base64, html, io, json, math, re
@@ -113,7 +114,7 @@ def legend(
     "What the colours mean; it breaks where a narrow page ends."
     return '<div class="legend">' + ''.join(f'<span><i style="background:{c}"></i>{esc(n)}</span>' for n, c in names.items()) + '</div>'
 
-def lines(
+def line_chart(
     x:list, # labels
     series:dict, # label -> (values, colour)
     ylabel:str='',
@@ -127,7 +128,7 @@ def lines(
     return legend({n: c for n, (_, c) in series.items()}) + picture(draw, 5.6, 2.4, label)
 
 # %% ../nbs/09d_report.ipynb #e9322731
-def player(
+def embedded_player(
     x:np.ndarray, # (1,N)
     label:str, # what it is
     seconds:float=12., # at most so much of it
@@ -310,7 +311,7 @@ def decoding_section(
                          'codes are counted'))
         grid = [r for r in m['sampling'][3:] if r['settings'] and not r['settings']['top_p']]
         real = float(np.mean(m['sampling'][3]['entropy_bits']))
-        out.append(lines([f"{r['settings']['temperature']:g}" for r in grid],
+        out.append(line_chart([f"{r['settings']['temperature']:g}" for r in grid],
                          {'played': ([float(np.mean(r['entropy_bits'])) for r in grid], COLORS['model']),
                          'real solos': ([real]*len(grid), COLORS['real'])}, 'entropy, bits',
                          'Entropy of the codes at several temperatures'))
@@ -375,7 +376,7 @@ def listen_section(
 )->str: # HTML
     "Players."
     def card(e):
-        sounds = ''.join(player(x, label) for label, x in e['sounds'].items())
+        sounds = ''.join(embedded_player(x, label) for label, x in e['sounds'].items())
         return f'<div class="card"><h3>{esc(e["title"])}, from {e["start"]:.1f} s</h3><div class="players">{sounds}</div></div>'
     return '<p>The beginnings of the first windows, not the best ones.</p>' + ''.join(map(card, shown))
 

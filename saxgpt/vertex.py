@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OLD', 'VertexError', 'Rent', 'check_rent', 'upload_plan', 'upload', 'cloud_config', 'train_args', 'job_request',
-           'job_client', 'passing', 'explained', 'job_message', 'submit', 'job_link', 'how_to', 'follow', 'pairs',
-           'outcome', 'full_name', 'prepare', 'main']
+           'job_client', 'is_transient', 'explained', 'job_message', 'submit', 'job_link', 'how_to', 'watch_job',
+           'pairs', 'outcome', 'full_name', 'prepare', 'main']
 
 # %% ../nbs/14_vertex.ipynb #54df5865
 import difflib, json, os, re, sys, time
@@ -184,7 +184,7 @@ def job_client(
 # %% ../nbs/14_vertex.ipynb #c8ea1454
 def _kinds(e)->set: return {c.__name__ for c in type(e).__mro__}
 
-def passing(
+def is_transient(
     e:Exception,
 )->bool:
     "Whether the same request may well work in a moment."
@@ -204,7 +204,7 @@ def explained(
         'or take fewer accelerators or another region')
     if kinds & {'NotFound'}: return VertexError(f'{where}: there is no such thing ({said}); check the names')
     if kinds & {'BadRequest'}: return VertexError(f'{where}: Vertex AI refuses this ({said})')
-    if passing(e): return VertexError(f'{where}: no answer from Vertex AI ({said}); look at the network, the region\'s name, and try again')
+    if is_transient(e): return VertexError(f'{where}: no answer from Vertex AI ({said}); look at the network, the region\'s name, and try again')
     return VertexError(f'{where}: {type(e).__name__}: {said}') if 'GoogleAPIError' in kinds else e
 
 # %% ../nbs/14_vertex.ipynb #905642d1
@@ -239,7 +239,7 @@ def submit(
             asked = True
             return client.create_custom_job(request=dict(parent=parent, custom_job=request), timeout=60)
         except Exception as e:
-            if wait is None or not passing(e): raise explained(e, where) from None
+            if wait is None or not is_transient(e): raise explained(e, where) from None
             print(f'saxgpt: no answer from Vertex AI ({type(e).__name__}); asking again in {wait} s', file=sys.stderr)
         time.sleep(wait)
 
@@ -258,7 +258,7 @@ def how_to(
     return (f'follow it again with: python -m saxgpt.vertex --job {name}; '
             f'end it with: gcloud ai custom-jobs cancel {name} --region {name.split("/")[3]}')
 
-def follow(
+def watch_job(
     client, # from `job_client`
     name:str, # of a job
     every:float=10., # s
@@ -270,7 +270,7 @@ def follow(
         try: job = client.get_custom_job(name=name, timeout=60)
         except KeyboardInterrupt: raise KeyboardInterrupt(f'the job goes on; {how_to(name)}') from None
         except Exception as e:
-            if not passing(e) and 'TooManyRequests' not in _kinds(e): raise explained(e, name) from None
+            if not is_transient(e) and 'TooManyRequests' not in _kinds(e): raise explained(e, name) from None
             if time.monotonic() - answered > patience: raise VertexError(f'{explained(e, name)}; the job goes on; {how_to(name)}') from None
             if state != 'no answer': print(f'{datetime.now():%H:%M:%S} no answer ({type(e).__name__}); asking on', flush=True)
             state = 'no answer'
@@ -371,6 +371,6 @@ def main(
         print(f'submitted {started.display_name}: {name}')
         if accelerator_type in OLD: print(f'saxgpt: {accelerator_type} needs an image made with CUDA=cu126', file=sys.stderr)
     print(job_link(name), flush=True)
-    if job or follow_job: status = outcome(follow(client, name, every))
+    if job or follow_job: status = outcome(watch_job(client, name, every))
     else: return print(how_to(name))
     if status: raise SystemExit(status)

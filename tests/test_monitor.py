@@ -11,7 +11,7 @@ import pytest
 
 from fakes import FakeGCS
 from saxgpt.files import append_jsonl
-from saxgpt.monitor import follow, live_widget, read_run, state, table
+from saxgpt.monitor import follow, live_widget, read_run, run_table, state
 
 
 def env(): return {k: v for k, v in os.environ.items() if k not in ('DISPLAY', 'WAYLAND_DISPLAY', 'MPLBACKEND')} | dict(OMP_NUM_THREADS='1')
@@ -65,7 +65,7 @@ def test_watch_waits_and_follows_through_kills_and_stops(tmp_path):
     status, out, err = done(watching)
     assert (status, err, writing.wait()) == (0, '', 0) and 'waiting' not in out
     assert 'of 60' in out and 'of 100' in out and 'stopped, the training command goes on from here; step 60 of 100' in out
-    last = table(read_run(tmp_path/'run'))
+    last = run_table(read_run(tmp_path/'run'))
     assert out.rstrip().endswith(last) and 'finished at step 100 of 100 (100 %)' in last and 'resumed 2 times' in last
     assert [int(l.split()[0]) for l in last.splitlines() if ' train ' in l] == [*range(30, 101, 10)]
 

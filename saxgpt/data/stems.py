@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRAME', 'BLOCK', 'gain_to', 'shared_gain', 'StemError', 'lead_and_backing', 'frame_powers', 'bleed_db', 'load_demucs',
-           'MixStats', 'measure', 'Demucs', 'chunks', 'apart', 'overlap_add', 'separate_recording', 'regular',
+           'MixStats', 'measure', 'Demucs', 'chunks', 'separate_chunk', 'overlap_add', 'separate_recording', 'regular',
            'pairs_of_mix', 'pairs_of_stems', 'Measures', 'write_pair', 'separator_name', 'separate', 'run']
 
 # %% ../../nbs/01_stem_separation.ipynb #9df4673b
@@ -244,7 +244,7 @@ def chunks(blocks, # iterable of (C, n)
         x, at = x[:,max(0, start-margin)-at:], max(0, start-margin)
         yield start, stop, at, np.ascontiguousarray(x[:,:min(stop+margin, total)-at])
 
-def apart(separator, x, at, start, stop, track:MixStats, sr)->dict: # name -> float32 (C, n), from `start` on
+def separate_chunk(separator, x, at, start, stop, track:MixStats, sr)->dict: # name -> float32 (C, n), from `start` on
     "One chunk through a separator"
     if hasattr(separator, 'piece'): stems, cut = separator.piece(x, at, start, stop, track), slice(None)
     else: stems, cut = separator.separate(x, sr), slice(start-at, stop-at)
@@ -297,7 +297,7 @@ def separate_recording(path, # of a mix
     for start,stop,at,x in chunks(_heard(sound, channels), track.total, max(1, int(chunk_s*sr)), int(margin_s*sr)):
         spans.append((Path(work)/f'{len(spans):04}.safetensors', start, stop))
         if _saved(*spans[-1]) is None:
-            stems = {k: to_mono(v) for k,v in apart(separator, np.float32(gain)*x, at, start, stop, track.scaled(gain), sr).items()}
+            stems = {k: to_mono(v) for k,v in separate_chunk(separator, np.float32(gain)*x, at, start, stop, track.scaled(gain), sr).items()}
             pair = lead_and_backing(stems, cfg.lead, stems[cfg.lead] if cfg.backing == 'residual' and cfg.lead in stems else None)
             _save(spans[-1][0], pair[0] if cfg.backing == 'residual' else np.concatenate(pair), start, stop)
             made += (stop-start)/sr

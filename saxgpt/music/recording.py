@@ -6,7 +6,7 @@
 __all__ = ['OFF', 'SETTINGS', 'CLEAN', 'SOUND', 'TAPS', 'BLOCK', 'CODECS', 'LOG', 'RATES', 'CODEC_SHARES', 'RANGES', 'KINDS',
            'room_echoes', 'reverb_tail', 'room_response', 'eq_curve', 'minimum_phase', 'recording_filter', 'fft_filter',
            'wow_flutter', 'block_peaks', 'apply_gain', 'gain_reduction', 'hold_release', 'compress', 'saturate',
-           'limit', 'gated_level', 'noise_loop', 'hum_loop', 'clicks', 'add_noise', 'round_trip', 'check_settings',
+           'limit', 'gated_level', 'noise_loop', 'hum_loop', 'clicks', 'add_noise', 'round_trip', 'check_recording',
            'draw_recording', 'mix_parts', 'record']
 
 # %% ../../nbs/12c_recording.ipynb #a66b8ea8
@@ -447,7 +447,7 @@ KINDS |= {
         level=(1, -13, -9)))}
 
 # %% ../../nbs/12c_recording.ipynb #ccf7a31b
-def check_settings(
+def check_recording(
     settings:dict, # any of `SETTINGS`, 'codec', 'kind'
 )->dict: # all of them
     "Fill up settings with neutral values; raises `ValueError` for what cannot be."
@@ -484,7 +484,7 @@ def draw_recording(
     **fixed # settings that are not drawn
 )->dict: # all settings, for JSON
     "Draw a recording: its kind, then everything else as that kind has it."
-    check_settings(fixed)
+    check_recording(fixed)
     numbers = dict(zip(CLEAN, rng.random((len(CLEAN), 2)).tolist()))
     kind = fixed.get('kind') or _pick({k: w for k, (w, _) in KINDS.items()}, numbers['kind'][0])
     ranges = RANGES | KINDS[kind][1]
@@ -523,7 +523,7 @@ def record(
     channels:int=2, # C; 1 for the mono sum, which is quicker
 )->np.ndarray: # float32 (C,N), within the ceiling
     "Record a band: mix it, send it through room, equaliser, tape, dynamics, noise and codec."
-    s = check_settings(settings)
+    s = check_recording(settings)
     x = mix_parts(parts, s['width'], 1 if s['width'] == 0 else channels)
     if (level := gated_level(x)) == -np.inf: return np.zeros((channels, x.shape[1]), 'f4')
     x *= np.float32(10**((-20 - level)/20))

@@ -9,9 +9,10 @@ __all__ = ['FONTS', 'DEFAULT_FONT', 'INSTRUMENT', 'SAMPLE', 'AVL_KEYS', 'START',
            'ATTENUATION', 'COARSE', 'FINE', 'MODE', 'SCALE', 'CHOKE', 'ROOT', 'N_GENERATORS', 'LOUDER', 'BRIGHTER',
            'LOOPS', 'UNTIL_RELEASE', 'Note', 'FontInfo', 'default_font', 'find_fonts', 'check_use', 'corpus_fonts',
            'ByteCache', 'Font', 'read_samples', 'load_font', 'Zone', 'zones', 'Key', 'key_map', 'sounding_key',
-           'silent_keys', 'sample', 'resample', 'source', 'pitch_ratio', 'Envelope', 'envelope_of', 'volume_envelope',
-           'modulation_envelope', 'low_pass', 'generators_for', 'Press', 'bend_cents', 'read_zone', 'Layer', 'strike',
-           'Stroke', 'plan_part', 'release_fade', 'held', 'strike_note', 'render_part', 'render_lead']
+           'silent_keys', 'read_sample', 'read_at_rate', 'source', 'pitch_ratio', 'Envelope', 'envelope_of',
+           'volume_envelope', 'modulation_envelope', 'filter_low', 'generators_for', 'Press', 'bend_cents', 'read_zone',
+           'ZoneLayer', 'strike', 'Stroke', 'plan_part', 'release_fade', 'held', 'strike_note', 'render_part',
+           'render_lead']
 
 # %% ../../nbs/12b_synth.ipynb #8c51d62d
 import io, math
@@ -431,7 +432,7 @@ def _decode(font, h):
     return np.rint(x*32767).clip(-32768, 32767).astype('i2')
 
 # %% ../../nbs/12b_synth.ipynb #e87cd5fe
-def sample(
+def read_sample(
     font:Font,
     i:int, # row of the table of samples
     need:int=None, # samples, all when absent
@@ -472,7 +473,7 @@ def _kernel(p, q, zeros=8):
     return out, half
 
 # %% ../../nbs/12b_synth.ipynb #ec5191e1
-def resample(
+def read_at_rate(
     x:np.ndarray, # (n,), any numbers
     ratio:float, # input samples per output sample
     n:int, # output samples
@@ -503,7 +504,7 @@ def source(
 )->np.ndarray: # int16, at most `need`
     "A recording with its loop unrolled."
     start, cut = max(0, _address(gen, START)), min(0, _address(gen, END))
-    x, loop, loop_end = sample(font, gen[SAMPLE] & 65535, start + need - cut)
+    x, loop, loop_end = read_sample(font, gen[SAMPLE] & 65535, start + need - cut)
     x, loop = x[start:len(x) + cut], loop + _address(gen, LOOP) - start
     loop_end += _address(gen, LOOP_END) - start
     if not gen[MODE] & LOOPS or not 0 <= loop < loop_end <= len(x): return x[:need]
@@ -590,7 +591,7 @@ def _biquad(cents, resonance_db):
     b, a0 = (1 - c)/2*10**(-resonance_db/40), 1 + alpha
     return (b/a0, 2*b/a0, b/a0), (1, -2*c/a0, (1 - alpha)/a0)
 
-def low_pass(
+def filter_low(
     x:np.ndarray, # (C,n)
     cutoff, # cents above 8.176 Hz, or an array of them, one for every 64 samples
     resonance:float=0., # dB
@@ -698,7 +699,7 @@ def read_zone(
     name = (*(gen[k] for k in (SAMPLE, MODE, *START, *END, *LOOP, *LOOP_END)), ratio, off)
     if name not in reads or reads[name][0] < press.n:
         x = source(font, gen, int(press.n*ratio) + 64, off)
-        reads[name] = press.n, resample(x, ratio, min(press.n, int(len(x)/ratio) + 8))
+        reads[name] = press.n, read_at_rate(x, ratio, min(press.n, int(len(x)/ratio) + 8))
     return reads[name][1][:press.n]
 
 # %% ../../nbs/12b_synth.ipynb #dd7c2099
@@ -707,12 +708,12 @@ def _read_along(font, gen, n, ratio, path, off):
     speed = 2**(path/1200)
     at = np.concatenate([[0.], np.cumsum((speed[1:] + speed[:-1])*_GRID)]) # at 2 x 32 kHz
     x = source(font, gen, int(at[-1]*ratio/2) + 64, off)
-    y = resample(x, ratio/2, int(at[-1]) + 8)
+    y = read_at_rate(x, ratio/2, int(at[-1]) + 8)
     at = np.interp(np.arange(n), np.arange(len(at))*_GRID, at)
     return _cubic(y, at[:np.searchsorted(at, 2*len(x)/ratio)])
 
 # %% ../../nbs/12b_synth.ipynb #7bc822d3
-class Layer(NamedTuple):
+class ZoneLayer(NamedTuple):
     "Zones that are filtered and faded together, while the key is held."
     x: np.ndarray  # (C,n), one row when one will do
     gains: tuple  # of left and right, or of the one channel
@@ -756,7 +757,7 @@ def _layer(font, members, press, power, reads):
     else: x, gains = _panned(xs, gains), (1.,)*len(gains[0])
     start = env.delay + env.attack + env.hold
     decay = 100/env.decay, start, start + env.decay*env.sustain
-    return Layer(_shape(x, gen, env, mod), gains, 100/env.release, decay, power, _rings(gen))
+    return ZoneLayer(_shape(x, gen, env, mod), gains, 100/env.release, decay, power, _rings(gen))
 
 # %% ../../nbs/12b_synth.ipynb #c5cee69c
 def _panned(xs, gains):
@@ -771,7 +772,7 @@ def _shape(x, gen, env, mod):
     t = np.arange(-(-x.shape[1]//_GRID))*_GRID/SAMPLE_RATE
     cutoff = gen[CUTOFF]
     if gen[ENV_CUTOFF]: cutoff = cutoff + gen[ENV_CUTOFF]*modulation_envelope(mod, t)
-    x = low_pass(x, cutoff, min(max(gen[RESONANCE], 0), 960)/10)
+    x = filter_low(x, cutoff, min(max(gen[RESONANCE], 0), 960)/10)
     gain = 10**(-.4*min(max(gen[ATTENUATION], 0), 1440)/200)/32768
     x = x*(volume_envelope(env, -(-x.shape[1]//8000)*8000)[:x.shape[1]]*np.float32(gain))
     if gen[TREMOLO]:
@@ -833,7 +834,7 @@ def _fade(rate, n): # dB/s, samples
     return np.exp(np.arange(1, n + 1, dtype='f4')*np.float32(-rate*_DECIBEL/SAMPLE_RATE))
 
 def release_fade(
-    layer:Layer,
+    layer:ZoneLayer,
     m:int, # samples until the release
 )->np.ndarray: # float32, factors from there on
     "60 dB of release, less what the layer goes on decaying by."
@@ -936,7 +937,7 @@ def _lead_note(font, stroke, n, longest, cache, reads):
         part = l.x[0, :n]
         saxpy(part, x[:len(part)], a=stroke.gain**l.power*l.gains[0])
     if len(key_map(font, *stroke.name[:3]).layers) > 1: return x
-    return low_pass(x[None], 1200*math.log2((1500 + 9000*stroke.gain**2)/8.176))[0]
+    return filter_low(x[None], 1200*math.log2((1500 + 9000*stroke.gain**2)/8.176))[0]
 
 def _later(note, seconds):
     "The note with its bend and vibrato moved, for one whose first moments are left out."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GAINS_DB', 'STRETCH', 'varied', 'corpus_wavs', 'mel_analysis', 'training_frames', 'assign', 'kmeans', 'fit_books',
-           'mel_distance', 'voiced_pitch', 'in_tune', 'versions', 'codec_figures', 'fit_mel_codec', 'fit_pitch_codec',
-           'main']
+           'mel_distance', 'voiced_pitch', 'in_tune', 'round_trips', 'codec_figures', 'fit_mel_codec',
+           'fit_pitch_codec', 'main']
 
 # %% ../../nbs/04b_codec_training.ipynb #6c2c06e7
 import json
@@ -156,7 +156,7 @@ def in_tune(
     return np.array([(voiced & inside & (cents <= 50)).sum(), (voiced & inside).sum(), inside.sum()])
 
 # %% ../../nbs/04b_codec_training.ipynb #2af375e8
-def versions(
+def round_trips(
     codec, # any codec
     x:np.ndarray, # (1,N)
 )->tuple[dict, torch.Tensor]: # name -> sound (1,N'), codes (K,T)
@@ -180,7 +180,7 @@ def codec_figures(
         notes = json.loads((folder/'truth.json').read_text())['notes']
         notes = [n | dict(start=n['start'] - offset, end=n['end'] - offset) for n in notes]
         for part in ('lead', 'backing'):
-            sounds, codes = versions(codec, load_mono(folder/f'{part}.wav')[:, int(32_000*offset):int(32_000*(offset + seconds))])
+            sounds, codes = round_trips(codec, load_mono(folder/f'{part}.wav')[:, int(32_000*offset):int(32_000*(offset + seconds))])
             for u, c in zip(used, codes): u |= set(c.tolist())
             for k, y in sounds.items():
                 distance.setdefault(k, {}).setdefault(part, []).append(mel_distance(sounds['original'], y))
