@@ -155,9 +155,11 @@ def frame(
 def load_weights(
     model:nn.Module, # filled in place
     folder, # a verified checkpoint
+    new:tuple=(), # beginnings of names that the checkpoint lacks: these weights of the model stay as they are
 ):
     "Put a checkpoint's weights into a model of the same shape."
-    try: model.load_state_dict(current_names(read_weights(Path(folder)/'model.safetensors')), assign=next(model.parameters()).is_meta)
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(new)} if new else {}
+    try: model.load_state_dict(own | current_names(read_weights(Path(folder)/'model.safetensors')), assign=next(model.parameters()).is_meta)
     except ValueError as e: raise CheckpointError(str(e)) from None
     except RuntimeError as e:
         raise CheckpointError(f'{folder}: its weights do not fit this model; {str(e).splitlines()[1].strip()}') from None

@@ -240,7 +240,7 @@ def fit_pitch_codec(
     for stages, where in ((slice(0, 3), slice(0, P)), (slice(3, 4), slice(P, None))):
         codebooks[stages, :, where], shares = fit_books(x[:, where], codec.cardinality, stages.stop - stages.start, rounds, seed, progress=progress)
         explained += shares
-    card = dict(fitted_on=f'{len(wavs)} backings of the demo corpus', frames=len(x), rounds=rounds, seed=seed, variance_explained=explained)
+    card = dict(start=codec.hash, fitted_on=f'{len(wavs)} backings of the demo corpus', frames=len(x), rounds=rounds, seed=seed, variance_explained=explained)
     fitted = MelCodec(codec.codebooks, codec.settings, codec.card | dict(backings=card), spectra=codec.spectra, backing=PitchCodec(codebooks, settings))
     fitted.save(out)
     return fitted

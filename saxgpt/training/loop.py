@@ -461,16 +461,18 @@ def continues(self:Trainer, theirs:dict)->bool: # codec of a checkpoint
     "Whether the codec of the data was fitted with `theirs` to start from: its codes mean about the same."
     name = self.cfg.training.embeddings_from
     codec = name and load_codec(name)
-    return bool(codec) and codec.fingerprint() == self.codec and getattr(codec, 'card', {}).get('start') == theirs['codec_hash']
+    card = getattr(codec, 'card', {})
+    return bool(codec) and codec.fingerprint() == self.codec and theirs['codec_hash'] in (card.get('start'), card.get('backings', {}).get('start'))
 
 @patch
 def check_resumed(self:Trainer,
     folder:Path, # checkpoint
     about:dict, # its config.json
-):
+)->bool: # whether the model has an embedding of backings that the checkpoint lacks
     "Refuse a checkpoint of another model or codec; say what else has changed."
     now, then = (to_dict(c) for c in (self.cfg, parse(RunConfig, about['config'], str(folder/'config.json'))))
-    keep = lambda m: {k: v for k,v in m.items() if k not in HARMLESS}
+    grown = folder.parent != self.checkpoints and now['model']['separate_embeddings'] and not then['model']['separate_embeddings']
+    keep = lambda m: {k: v for k,v in m.items() if k not in HARMLESS and not (grown and k == 'separate_embeddings')}
     if d := differences(keep(then['model']), keep(now['model'])):
         other = 'training.output_dir' if folder.parent == self.checkpoints else 'training.resume_from_checkpoint'
         raise TrainingError(f'{folder}: is of another model ({"; ".join(d)}); undo that or choose another {other}' +
@@ -483,6 +485,7 @@ def check_resumed(self:Trainer,
                             '{} holds codes of {codec_name} ({codec_hash}); make them again with the codec of the checkpoint, or begin '
                             'from nothing with training.resume_from_checkpoint=null'.format(self.loader.dataset.path, **self.codec))
     if d := differences(then, now): self.notify('changed since the checkpoint: ' + '; '.join(d))
+    return grown
 
 # %% ../../nbs/07d_loop.ipynb #f8582ba5
 @patch
@@ -524,8 +527,9 @@ def find(self:Trainer)->dict: # what to load; None if there is nothing
             if folder == found[-1]: raise
             self.notify(str(e).removesuffix(', use another one') + '; taking the one before')
             continue
-        self.check_resumed(folder, about)
-        load_weights(self.model, folder)
+        grown, name = self.check_resumed(folder, about), self.cfg.training.embeddings_from
+        if grown and name: init_embeddings_from_codec(self.model, load_codec(name), self.loader.dataset)
+        load_weights(self.model, folder, ('embed_backing.',) if grown else ())
         self.last_is_valid = folder == self.checkpoints/'last'
         state = usable(folder, load_trainer_state, folder) if (folder/'trainer.json').exists() else None
         self.notify(f'going on from {folder}, step {about["step"]}' if state else f'a new run, from the weights in {folder}')
