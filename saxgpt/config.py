@@ -452,8 +452,9 @@ def load_config(
     except UnicodeDecodeError: raise ConfigError(f'{path}: not YAML, which is text in UTF-8') from None
     values = read_yaml(text, str(path))
     if not isinstance(values, dict|None): return parse(kind, values, str(path))
-    values, old = current_keys(override(values or {}, overrides))
-    if old: tell(f'{path}: old names still work, but there are new ones: ' + ', '.join(f'{k} is {OLD_KEYS[k]}' for k in old))
+    values, old = current_keys(values or {})
+    values, given = current_keys(override(values, overrides))              # which count more than the file, by either name
+    if old := old + given: tell(f'{path}: old names still work, but there are new ones: ' + ', '.join(f'{k} is {OLD_KEYS[k]}' for k in old))
     return parse(kind, values, str(path))
 
 def to_dict(
