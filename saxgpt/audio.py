@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import librosa, numpy as np, soundfile as sf, soxr
 
-from .containers import CHUNKS, Part, FileSlice, after_tags, begins, parts
+from .containers import CHUNKS, FileSlice, Part, after_tags, begins, parts
 from .files import WriteError, atomic_path
 from .words import notify
 

@@ -337,9 +337,7 @@ class PitchCodec(Codec):
     def decode_item(self, codes): raise CodecError('pitch-rvq: the codes of a backing name pitches and strokes, and cannot be played')
 
     def sounding(self, codes): # (B,K,T) -> (B,T)
-        strokes = self.codebooks[3, codes[:, 3].to(self.device), self.settings.pitches:].unflatten(-1, (2, 2, 8))
-        power = (4*strokes[..., 0, :]).exp().sub(1e-6).clamp(min=0).sum(-1).mean(-1)
-        return 10*torch.log10(power + 1e-20) >= HUSH_DB
+        return 10*torch.log10(self.analysis.power(self.codebooks[3, codes[:, 3].to(self.device)]) + 1e-20) >= HUSH_DB
 
 # %% ../nbs/04a_codec.ipynb #9ef18e3a
 def chunk_frames(

@@ -24,9 +24,9 @@ from .audio import SAMPLE_RATE, AudioError, mix, resample, to_mono, write_audio
 from .codec import check_codec, load_codec
 from .config import ConfigError, DataConfig, RunConfig, command, device_name, load_config
 from .data.dataset import CodesDataset
-from .fad import EMBEDDERS, FadError, adherence, embed, mismatched_pairs, fad
+from .fad import EMBEDDERS, FadError, adherence, embed, fad, mismatched_pairs
 from .files import content_hash, file_hash, is_name, locked, output_path, printable, read_jsonl, remove_leftovers, write_text
-from .fit import FIT, CORRUPTIONS, describe_backing, describe_solo, fit_scores, transpose, partner, corrupt, logits_by_condition
+from .fit import CORRUPTIONS, FIT, corrupt, describe_backing, describe_solo, fit_scores, logits_by_condition, partner, transpose
 from .generate import read_truth
 from .metrics import bootstrap, codebook_accuracy, consistency, first_divergence, kl_divergence, sequence_accuracy, vocabulary
 from .model.decoding import Window, generate_codes, single_thread_if_small

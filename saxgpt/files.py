@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from .packages import drawing
-from .words import bar, printable, notify
+from .words import bar, notify, printable
 
 # %% ../nbs/10a_files.ipynb #f5c00fe7
 class WriteError(OSError): "An output that cannot be written; the message names it."

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.script import Param
 from .config import ConfigError, DataConfig, command, config_path, device_name, load_config, to_dict
-from .files import WriteError, try_call, content_hash, file_hash, is_name, locked, output_path, printable, read_json, read_jsonl, remove_leftovers, write_text
+from .files import WriteError, content_hash, file_hash, is_name, locked, output_path, printable, read_json, read_jsonl, remove_leftovers, try_call, write_text
 from .packages import needs
 
 # %% ../nbs/13_pipeline.ipynb #56e03ba1

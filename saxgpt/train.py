@@ -12,7 +12,7 @@ from fastcore.script import Param
 
 from .config import ConfigError, RunConfig, command, load_config
 from .training.throughput import report_batch
-from .training.dist import PeerError, ProcessError, cluster, launch, hard_exit, pick_device
+from .training.dist import PeerError, ProcessError, cluster, hard_exit, launch, pick_device
 from .training.loop import half_type, train, window_steps
 from .words import tell
 

@@ -18,9 +18,9 @@ from .audio import SAMPLE_RATE
 from .codec import load_codec
 from .config import command, device_name
 from .demo import VERSION, compose, render, truth_of
-from .evaluate import ResultCache, clean, plain, mean_ci
+from .evaluate import ResultCache, clean, mean_ci, plain
 from .files import locked, output_path, save_picture, write_text
-from .fit import describe_backing, describe_solo, fit_scores, transpose, partner
+from .fit import describe_backing, describe_solo, fit_scores, partner, transpose
 from .generate import distance_to_corpus, encode_audio, notice_strange
 from .metrics import longest_silence
 from .model.decoding import generate_codes

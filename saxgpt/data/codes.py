@@ -17,7 +17,7 @@ import soundfile as sf, torch
 from ..audio import SILENT, load_mono, probe
 from ..codec import Codec, load_codec
 from ..config import DataConfig
-from ..files import try_call, is_name, map_parallel, read_json, read_manifest, read_table, read_tensors, reason, write_jsonl, write_tensors
+from ..files import is_name, map_parallel, read_json, read_manifest, read_table, read_tensors, reason, try_call, write_jsonl, write_tensors
 
 # %% ../../nbs/04_tokenization.ipynb #270b2ae6
 class LazyAudio:

@@ -46,7 +46,7 @@ def pick_backend(q, mask):
     if flash_attn_func and mask is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256: return 'flash'
     return 'sdpa' if hasattr(F, 'scaled_dot_product_attention') else 'plain'
 
-def attention(q, k, v, mask=None, causal=False, dropout=0., backend=None): # as `reference_attention`; `by` names a backend
+def attention(q, k, v, mask=None, causal=False, dropout=0., backend=None): # as `reference_attention`; `backend` names one, chosen when absent
     "Attention by the fastest backend."
     backend = backend or pick_backend(q, mask)
     if backend == 'single': return decode_attention(q, k, v, mask)

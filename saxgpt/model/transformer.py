@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from ..config import ModelConfig
 from ..metrics import codebook_cross_entropy
-from .codebooks import CodebookEmbedding, CodebookHeads, SinusoidalPositionalEncoding, Rotary, position_rows
+from .codebooks import CodebookEmbedding, CodebookHeads, Rotary, SinusoidalPositionalEncoding, position_rows
 from .decoder import Decoder, DecoderCache
 from .encoder import Encoder
 

@@ -19,14 +19,14 @@ from torch.utils.data import default_collate
 from ..codec import load_codec
 from ..config import RunConfig, parse, to_dict
 from ..data.dataset import CodesDataset, DatasetError, ResumableSampler, make_loader
-from ..files import append_jsonl, locked, open_own, output_path, reason, replace_dir, remove_leftovers, write_tensors
+from ..files import append_jsonl, locked, open_own, output_path, reason, remove_leftovers, replace_dir, write_tensors
 from ..model.transformer import SaxGPT, next_step_loss, padding_mask
 from ..remote import RemoteError, put
 from .throughput import (compile_gain, has_bf16, keep_freed_memory, memory_gb, peak_flops,
                                     window_flops)
 from .checkpoint import CheckpointError, current_names, find_checkpoint, link_checkpoint, load_trainer_state, load_weights, save_checkpoint, verify
-from .dist import World, barrier, broadcast, gather, joined, no_sync, micro_batch_weights, total, wrap
-from .conditioning import init_embeddings_from_codec, drop_context, context_dropout_rate
+from .dist import World, barrier, broadcast, gather, joined, micro_batch_weights, no_sync, total, wrap
+from .conditioning import context_dropout_rate, drop_context, init_embeddings_from_codec
 from .run_sync import RunSync
 from .optim import EMA, Schedule, make_optimizer
 from .sampling import scheduled_sampling_input, scheduled_sampling_rate
