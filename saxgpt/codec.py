@@ -392,7 +392,9 @@ class MelCodec(Codec):
 
     def encode_item(self, x): # (N,) -> (K,T)
         around = -(-self.settings.n_fft//(2*self.hop))                 # frames to either side that a window reaches into
-        return quantized(self, x, around, lambda x: log_mel_frames(x, self.window, self.bands, self.settings.floor))
+        return quantized(self, x, around, self.analyse)
+
+    def analyse(self, x): return log_mel_frames(x, self.window, self.bands, self.settings.floor) # (N,) -> (T,2M)
 
     def frames_to_sound(self, f): # (T,2M) -> (T*640,)
         mel = f.float().reshape(-1, self.settings.n_mels)
@@ -404,7 +406,7 @@ class MelCodec(Codec):
         return self.frames_to_sound(dequantize(codes, self.codebooks))
 
     def unquantized(self, x): # (N,) -> (T*640,): there and back without the books
-        return self.frames_to_sound(log_mel_frames(x, self.window, self.bands, self.settings.floor))
+        return self.frames_to_sound(self.analyse(x))
 
 # %% ../nbs/04a_codec.ipynb #b41b9b1b
 def check_target(
