@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np, soundfile as sf, torch
 
-from ..codec import CodecError, MelCodec, dequantize, load_codec, log_mel_frames, magnitudes, quantize
+from ..codec import CodecError, MelCodec, dequantize, load_codec, magnitudes, quantize
 from ..config import command
 from ..files import content_hash, output_path, read_tensors, write_tensors
 from ..spectra import MelInverter, load_spectra
@@ -40,7 +40,7 @@ def pair(
 )->tuple: # log-mel frames behind the codes (2T,M), amplitudes (F,2T), float32
     "What the network is given, and what it should find."
     codebooks, x = codec.codebooks.float(), torch.from_numpy(x)
-    frames = log_mel_frames(x, codec.window, codec.bands, codec.settings.floor).float()
+    frames = codec.analyse(x).float()
     return dequantize(quantize(frames, codebooks), codebooks).reshape(-1, codec.settings.n_mels), magnitudes(x, codec.window.float())
 
 def spectral_loss(
