@@ -130,6 +130,13 @@ def test_readme_is_made_from_the_index():
     assert (root/'README.md').read_text(encoding='utf-8') == readme()
 
 
+def test_readme_python_finds_what_it_imports():
+    blocks = re.findall(r'```python\n(.*?)```', (root/'README.md').read_text(encoding='utf-8'), re.S)
+    imports = [line for b in blocks for line in b.splitlines() if line.startswith(('import ', 'from '))]
+    assert len(imports) > 4
+    for line in imports: exec(line, {})
+
+
 def test_readme_commands_exist():
     for name in re.findall(r'(?:python -m saxgpt\.|saxgpt )([a-z]+) ', (root/'README.md').read_text()):
         assert name in commands or name == 'training', name
