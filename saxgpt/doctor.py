@@ -103,7 +103,7 @@ def check_solo()->str:
 # %% ../nbs/15a_doctor.ipynb #f1ae8435
 def check_encodec()->str:
     "Whether EnCodec can be imported, and whether its weights are here."
-    from saxgpt.codec import HUB_REPO, import_encodec
+    from saxgpt.codecs.encodec import HUB_REPO, import_encodec
     import_encodec()
     from huggingface_hub import try_to_load_from_cache
     here = isinstance(try_to_load_from_cache(HUB_REPO, 'model.safetensors'), str)

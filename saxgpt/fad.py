@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np, torch
 
 from .audio import SAMPLE_RATE, normalize_loudness, resample
-from .codec import load_codec, log_mel_frames
+from .codec import load_codec
+from .codecs.mel import log_mel_frames
 from .files import content_hash, read_tensors, write_tensors
 from .metrics import apa_of, frechet_distance, frechet_infinity, jackknife, kernel_distance
 from .packages import MORE, needs

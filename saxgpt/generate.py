@@ -18,7 +18,8 @@ from fastcore.script import Param
 from torch import Tensor
 
 from .audio import SAMPLE_RATE, AudioError, TempAudio, bounded, is_silent, largest, mix as mix_audio, normalize_loudness, plot_spectrogram, resample, stream as open_sound, write_audio
-from .codec import CodecError, check_codec, load_codec
+from .codec import load_codec
+from .codecs.base import check_codec, CodecError
 from .config import command, demo_backing
 from .files import output_path, printable, read_json, save_picture
 from .metrics import chord_tone_share, code_counts, total_variation

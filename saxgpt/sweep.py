@@ -12,7 +12,8 @@ from pathlib import Path
 
 from fastcore.script import Param
 
-from .codec import check_codec, load_codec
+from .codec import load_codec
+from .codecs.base import check_codec
 from .config import ConfigError, RunConfig, command, device_name, load_config, parse, to_dict
 from .evaluate import ResultCache, SampleScorer, TestSet, clean, make_plan, mean_ci, plain, play, player_key
 from .files import locked, output_path, write_text

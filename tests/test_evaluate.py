@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from forks import warm
-from saxgpt.codec import CodecMismatch
+from saxgpt.codecs.base import CodecMismatch
 from saxgpt.config import DataConfig, RunConfig, load_config, to_dict
 from saxgpt.data.dataset import split_of
 from saxgpt.data.download import find_recordings, ingest

@@ -15,7 +15,8 @@ from pathlib import Path
 import soundfile as sf, torch
 
 from ..audio import SILENT, load_mono, probe
-from ..codec import Codec, load_codec
+from ..codec import load_codec
+from ..codecs.base import Codec
 from ..config import DataConfig
 from ..files import is_name, map_parallel, read_json, read_manifest, read_table, read_tensors, reason, try_call, write_jsonl, write_tensors
 

@@ -251,7 +251,7 @@ def describe_backings(
     most:int=1000, # pieces to measure, spread over the dataset
 )->dict: # codebook, piece, counts (V,), mean, sd, recordings, frames; for JSON
     "What the backings of a dataset are like: their codes, and how far single pieces are from all others."
-    from saxgpt.codec import check_codec                                     # playing needs neither
+    from saxgpt.codecs.base import check_codec                                     # playing needs neither
     from saxgpt.data.dataset import CodesDataset
     data = CodesDataset(path)
     if codec: check_codec(codec, data.fingerprint, str(data.path))

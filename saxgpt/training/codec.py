@@ -13,9 +13,11 @@ from pathlib import Path
 import librosa, numpy as np, torch
 
 from ..audio import load_mono, log_mel
-from ..codec import check_target, CodecError, load_codec, MelCodec, MelSettings, nearest, PitchCodec
+from ..codec import load_codec
+from ..codecs.base import CodecError
+from ..codecs.mel import check_target, MelCodec, MelSettings, nearest, PitchCodec
 from ..config import command
-from ..constant_q import PitchAnalysis, PitchSettings
+from ..codecs.constant_q import PitchAnalysis, PitchSettings
 from ..words import bar
 
 # %% ../../nbs/04b_codec_training.ipynb #04b0a002

@@ -9,7 +9,7 @@ __all__ = ['principal_axes', 'init_embeddings_from_codec', 'context_dropout_rate
 import torch
 from torch import Tensor
 
-from ..codec import Codec, check_codec
+from ..codecs.base import check_codec, Codec
 from ..config import ContextDropoutConfig
 from ..data.dataset import CodesDataset
 from ..model.transformer import SaxGPT

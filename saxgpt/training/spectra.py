@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np, soundfile as sf, torch
 
-from ..codec import CodecError, MelCodec, dequantize, load_codec, magnitudes, quantize
+from ..codec import load_codec
+from ..codecs.base import CodecError
+from ..codecs.mel import dequantize, magnitudes, MelCodec, quantize
 from ..config import command
 from ..files import content_hash, output_path, read_tensors, write_tensors
-from ..spectra import MelInverter, load_spectra
+from ..codecs.spectra import MelInverter, load_spectra
 from .throughput import has_bf16
 from .codec import codec_figures, corpus_wavs, varied
 from ..words import bar
