@@ -324,13 +324,14 @@ def play(
     seed:int,
     settings:dict, # of `generate_codes`
     progress=lambda x: x, # such as tqdm
+    codec=None, # of the codes, where `settings` have a density
 )->list: # codes (K,L), one for each window
     "A solo for each window."
     out = []
     for g in progress(groups(windows, lambda i: tests.place(i)[2])):
         def work():
             backing = torch.from_numpy(np.stack([tests.codes(i)[0] for i in g]))
-            return generate_codes(model, backing, [seed*1_000_003 + i for i in g], **settings).cpu()
+            return generate_codes(model, backing, [seed*1_000_003 + i for i in g], codec=codec if settings.get('density') is not None else None, **settings).cpu()
         out += [np.array(c) for c in store('solos', [*cache_key, tests.dataset.seq_len, g, seed, settings], work)]
     return out
 
@@ -475,6 +476,7 @@ def sampling(
     samples:list, # windows to play over
     mismatched:list, # of each, one of another recording
     progress=lambda x: x,
+    codec=None, # of the codes, where the plan has a density
 )->tuple: # rows for the report, codes of the judged solos
     "What is played at several settings, against the real solos."
     rest = tests.elsewhere(samples)
@@ -483,7 +485,7 @@ def sampling(
     def row(name, codes, settings=None, kl=True):
         return sampling_row(name, leads[:len(codes)], codes, recordings[:len(codes)], settings, plan.draws, kl)
     def company(n): return [row('real', leads[:n]), row('other real solos' if rest else "another tune's", others[:n], kl=bool(rest))]
-    judged, few = play(store, model, cache_key, tests, samples, plan.seed, plan.solo, progress), samples[:plan.each]
+    judged, few = play(store, model, cache_key, tests, samples, plan.seed, plan.solo, progress, codec), samples[:plan.each]
     rows = [*company(len(samples)), row('played', judged, plan.solo), *company(len(few))]
     for s in GRID:
         s = dict(temperature=1., top_k=250, top_p=0., guidance=plan.solo['guidance']) | s
@@ -585,7 +587,7 @@ def measure_checkpoint(
     args = store, model, cache_key, tests, plan
     predicted, each = prediction(*args, progress('predict'))
     cache_checks = checks(*args, progress('cached against full'))
-    rows, judged = sampling(*args, judge.samples, judge.mismatched, progress('play'))
+    rows, judged = sampling(*args, judge.samples, judge.mismatched, progress('play'), judge.codec)
     for c in progress('decode')(judged): judge.decoded(c)
     fitted, more = fit_rows(judge, plan, judged, shared, progress('fit'))
     far = frechet(judge, plan, judged, cache, progress('sound'))

@@ -428,7 +428,7 @@ def main(
     top_k:Param('codes to choose from, one number or four; 0: all', parse_numbers)=DEFAULT_SAMPLING['top_k'],
     top_p:Param('share of the probability to choose from, one number or four; 0: all', parse_numbers)=DEFAULT_SAMPLING['top_p'],
     guidance:Param(f'weight of the backing, 1: as learnt; {DEFAULT_SAMPLING["guidance"]:g} when absent, 1 for a model without condition dropout', float)=None,
-    density:float=0., # how much is played, from -1 (sparse) to 1 (busy); 0 as real solos do
+    density:float=None, # how much is played, from -1 (sparse) to 1 (busy); 0, when absent: as real solos do
     seed:int=0, # the same seed plays the same solo
     n:int=1, # number of solos
     prompt:str=None, # audio file that the solo begins with and goes on from

@@ -54,7 +54,7 @@ def check_settings(
     top_p=0., # Share of the probability to keep; 0: all
     guidance:float=1., # How far to move from the solo without backing to the one with it; 1: with it
     K:int=4, # Codebooks
-    density:float=0., # from -1, sparse, to 1, busy; 0: as learnt
+    density:float=None, # from -1, sparse, over 0, as real solos, to 1, busy
 ):
     "Raise a `ValueError` that names the first setting that makes no sense."
     def ensure(ok, what):
@@ -63,7 +63,7 @@ def check_settings(
     for k in each(top_k, K, 'top-k'): ensure(0 <= k < float('inf') and k == int(k), f'top-k must be a whole number, 0 or more (0: all codes), not {k}')
     for p in each(top_p, K, 'top-p'): ensure(0 <= p <= 1, f'top-p must be between 0 and 1 (0: all codes), not {p}')
     ensure(0 <= guidance < float('inf'), f'guidance must be 0 or more (1: none), not {guidance}')
-    ensure(-1 <= density <= 1, f'density must be from -1 (sparse) to 1 (busy), not {density}')
+    ensure(density is None or -1 <= density <= 1, f'density must be from -1 (sparse) to 1 (busy), not {density}')
 
 # %% ../nbs/08a_sampling.ipynb #286de2df
 class Sampler:
@@ -104,22 +104,24 @@ def sample(
     return Sampler(temperature, top_k, top_p, logits.shape[1])(logits, generators)
 
 # %% ../nbs/08a_sampling.ipynb #57daa723
-REST_BIAS = dict(sparse=8., busy=-8.) # logits added to those of rests at density -1 and 1
+REST_BIAS = dict(sparse=8., even=2.4, busy=-8.) # logits added to those of rests at density -1, 0 and 1
 
 def rest_bias(
-    density:float, # from -1, sparse, over 0, as learnt, to 1, busy
+    density:float, # from -1, sparse, over 0, as real solos, to 1, busy; None: as learnt
 ) -> float: # what is added to the logits of silent codes
     "Weight of rests for a density."
-    return abs(density)*REST_BIAS['busy' if density > 0 else 'sparse']
+    if density is None: return 0.
+    even, end = REST_BIAS['even'], REST_BIAS['busy' if density > 0 else 'sparse']
+    return even + abs(density)*(end - even)
 
 # %% ../nbs/08a_sampling.ipynb #388244a8
-DEFAULT_SAMPLING = dict(temperature=.2, top_k=250, top_p=0., guidance=1.5)
-DEFAULT_SAMPLING_NO_CFG = DEFAULT_SAMPLING | dict(temperature=.8, guidance=1.)
+DEFAULT_SAMPLING = dict(temperature=.5, top_k=250, top_p=0., guidance=2., density=0.)
+DEFAULT_SAMPLING_NO_CFG = DEFAULT_SAMPLING | dict(temperature=.8, guidance=1., density=None)
 
 def resolve_sampling(
-    asked:dict, # temperature, top_k, top_p, guidance; those that are absent or None are chosen here
+    asked:dict, # temperature, top_k, top_p, guidance, density; those that are absent or None are chosen here
     *dropouts, # condition_dropout of the models that will play
-) -> dict: # all four
+) -> dict: # all five
     "What was asked for, and the rest as is best with it."
     asked = {k: v for k, v in asked.items() if v is not None}
     return (DEFAULT_SAMPLING if all(dropouts) and asked.get('guidance') != 1 else DEFAULT_SAMPLING_NO_CFG) | asked

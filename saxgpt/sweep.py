@@ -21,9 +21,10 @@ from .training.checkpoint import load_model
 from .words import bar
 
 # %% ../nbs/09e_sweep.ipynb #ceb0ab8c
-TEMPERATURES, GUIDANCES = (.2, .4, .6, .8, 1.), (1., 1.25, 1.5, 2., 3.)
-GRID = [dict(temperature=t, top_k=250, top_p=0., guidance=g) for t, g in product(TEMPERATURES, GUIDANCES)]
-GRID += [dict(temperature=1., top_k=k, top_p=p, guidance=2.) for k, p in ((50, 0.), (0, .9))]
+TEMPERATURES, GUIDANCES = (.3, .5, .7, 1.), (1.5, 2., 3.)
+GRID = [dict(temperature=t, top_k=250, top_p=0., guidance=g, density=0.) for t, g in product(TEMPERATURES, GUIDANCES)]
+GRID += [dict(temperature=t, top_k=250, top_p=0., guidance=1., density=None) for t in (.8, 1.)]
+GRID += [dict(temperature=.5, top_k=k, top_p=p, guidance=2., density=0.) for k, p in ((50, 0.), (0, .9))]
 
 # %% ../nbs/09e_sweep.ipynb #d393ef47
 FITS, LIKE = ('note_in_chord', 'onset_alignment'), ('voiced', 'onsets', 'pitch_class_entropy')
@@ -55,7 +56,7 @@ def sweep(
         rows = [row(dict(name=kind), [judge.scores(k, kind) for k in range(len(samples))]) for kind in ('real', 'shuffled')]
         cache_key = player_key(info, tests, device)
         for s in progress(grid):
-            solos = play(judge.store, model, cache_key, tests, samples, seed, s)
+            solos = play(judge.store, model, cache_key, tests, samples, seed, s, codec=judge.codec)
             rows.append(row(dict(name='played', **s), [judge.scores(k, 'model', solos[k]) for k in range(len(samples))]))
         return clean(plain(dict(weights=cache_key[0], windows=len(samples), seconds=tests.dataset.seq_len/50, seed=seed, rows=rows)))
 

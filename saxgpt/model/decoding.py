@@ -235,13 +235,13 @@ def play_codes(
     block:int=50, # Frames that come at a time
     compiled:bool=False, # Compile the step, on a CPU
     codec=None, # the one of the codes: silence is noticed, and ended; None: it is not
-    density:float=0., # from -1, sparse, over 0, as learnt, to 1, busy; needs `codec`
+    density:float=None, # how much is played, see `rest_bias`; None: no weight of rests; else it needs `codec`
 ): # yields codes (n, K, f), T frames all together
     "Play a solo for each seed; a solo depends on its backing, its seed and the settings, not on its neighbours."
     (B, K, T), n, dev, longest = backing.shape, len(seeds), model.null.device, model.cfg.max_seq_len - 1 - backing.shape[1]
     check_settings(temperature, top_k, top_p, guidance, K, density)
     if B not in (1, n): raise ValueError(f'{n} seeds for {B} backings: give one seed for each')
-    if density and codec is None: raise ValueError('density: which codes are rests? give the codec')
+    if density is not None and codec is None: raise ValueError('density: which codes are rests? give the codec')
     if not 1 <= overlap < longest: overlap = longest//3
     sampler, gens = Sampler(temperature, top_k, top_p, K), [torch.Generator(dev).manual_seed(int(s)) for s in seeds]
     control = codec and SilenceControl(codec, n, guidance, rest_bias(density), dev)
