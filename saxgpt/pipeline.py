@@ -44,7 +44,8 @@ def run_stage(name:str, # one of `STAGES`
               **options # n_jobs, progress, separator: for the stages that know them
               )->Outcome:
     "Run one stage, and time it"
-    run, start = importlib.import_module(f'saxgpt.data.{name}').run, time.perf_counter()
+    module = dict(dataset='splits').get(name, name)
+    run, start = importlib.import_module(f'saxgpt.data.{module}').run, time.perf_counter()
     options = {k: v for k,v in options.items() if k in inspect.signature(run).parameters}
     try: res = run(cfg, device=device, **options)
     except OSError as e:

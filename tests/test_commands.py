@@ -17,8 +17,9 @@ import soundfile as sf
 from forks import warm
 from saxgpt.audio import load_mono, resample
 from saxgpt.config import ModelConfig
-from saxgpt.data.dataset import SPLITS, CodesDataset, split_of
+from saxgpt.data.dataset import CodesDataset
 from saxgpt.data.download import find_recordings, ingest
+from saxgpt.data.splits import SPLITS, split_of
 from saxgpt.demo import demo_backing, make_corpus
 from saxgpt.files import read_jsonl, read_tensors
 from saxgpt.model.transformer import SaxGPT
@@ -26,7 +27,7 @@ from saxgpt.training.checkpoint import give_away, load_model
 
 cold = dict(os.environ, OMP_NUM_THREADS='1')            # each command at least once
 env = cold | warm('saxgpt.generate', 'saxgpt.pipeline', 'saxgpt.train', 'librosa', 'matplotlib.pyplot', 'scipy.signal', 'torch._dynamo',
-                  *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'windows', 'codes', 'dataset')), family=True)
+                  *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'windows', 'codes', 'splits')), family=True)
 
 
 def run(*args, ok=True, env=env, **kw):

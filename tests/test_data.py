@@ -31,7 +31,7 @@ from saxgpt.files import read_jsonl
 from saxgpt.pipeline import STAGES, run_pipeline
 
 cold = dict(os.environ, OMP_NUM_THREADS='1')
-env = cold | warm('saxgpt.pipeline', *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'windows', 'augment', 'codes', 'dataset')), 'av', 'demucs.api',
+env = cold | warm('saxgpt.pipeline', *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'windows', 'augment', 'codes', 'splits')), 'av', 'demucs.api',
                   'librosa', 'scipy.signal', 'torch._dynamo', family=True)
 torch.set_num_threads(1)
 PATHS = dict(dl_dir='1_download', stems_dir='2_stems', metadata_path='3_metadata.csv', clips_dir='4_clips', aug_dir='5_aug_clips', codes_dir='6_codes',

@@ -19,8 +19,8 @@ import yaml
 from forks import warm
 from saxgpt.codecs.base import CodecMismatch
 from saxgpt.config import DataConfig, RunConfig, load_config, to_dict
-from saxgpt.data.dataset import split_of
 from saxgpt.data.download import find_recordings, ingest
+from saxgpt.data.splits import split_of
 from saxgpt.demo import make_corpus
 from saxgpt.doctor import BROWSERS
 from saxgpt.evaluate import mean_ci
@@ -33,7 +33,7 @@ from saxgpt.training.checkpoint import give_away, load_model
 # What cannot be reached is not waited for: a proxy that refuses is as good as no network.
 offline = {k: 'http://127.0.0.1:9' for k in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')} | dict(no_proxy='', NO_PROXY='')
 cold = dict(os.environ, OMP_NUM_THREADS='1')
-env = cold | warm('saxgpt.evaluate', 'saxgpt.sweep', 'saxgpt.pipeline', *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'windows', 'codes', 'dataset')),
+env = cold | warm('saxgpt.evaluate', 'saxgpt.sweep', 'saxgpt.pipeline', *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'windows', 'codes', 'splits')),
                   'librosa', 'matplotlib.pyplot', 'scipy.signal', 'torch._dynamo')
 required = bool(os.environ.get('SAXGPT_TEST_ALL'))      # set in CI: nothing may be skipped there
 title = '<img src=x onerror="document.title=1"> & Söhne'

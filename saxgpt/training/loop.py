@@ -26,10 +26,10 @@ from .throughput import (compile_gain, has_bf16, keep_freed_memory, memory_gb, p
                                     window_flops)
 from .checkpoint import CheckpointError, current_names, find_checkpoint, link_checkpoint, load_trainer_state, load_weights, save_checkpoint, verify
 from .dist import World, barrier, broadcast, gather, joined, micro_batch_weights, no_sync, total, wrap
-from .conditioning import context_dropout_rate, drop_context, init_embeddings_from_codec
+from .conditioning import (context_dropout_rate, drop_context, init_embeddings_from_codec,
+                                          scheduled_sampling_input, scheduled_sampling_rate)
 from .run_sync import RunSync
 from .optim import EMA, Schedule, make_optimizer
-from .sampling import scheduled_sampling_input, scheduled_sampling_rate
 from ..words import SafeStderr, bar, notify
 
 # %% ../../nbs/07d_loop.ipynb #b13752de
