@@ -24,7 +24,8 @@ from ..model.transformer import SaxGPT, next_step_loss, padding_mask
 from ..remote import RemoteError, put
 from .throughput import (compile_gain, has_bf16, keep_freed_memory, memory_gb, peak_flops,
                                     window_flops)
-from .checkpoint import CheckpointError, current_names, find_checkpoint, link_checkpoint, load_trainer_state, load_weights, save_checkpoint, verify
+from ..pretrained import find_checkpoint
+from .checkpoint import CheckpointError, current_names, link_checkpoint, load_trainer_state, load_weights, save_checkpoint, verify
 from .dist import World, barrier, broadcast, gather, joined, micro_batch_weights, no_sync, total, wrap
 from .conditioning import context_dropout_rate, drop_context, init_embeddings_from_codec
 from .run_sync import RunSync
@@ -515,7 +516,7 @@ def usable(
     except CheckpointError: raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e: raise CheckpointError(
         f'{folder}: its training state cannot be used by this SaxGPT ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}); to begin from its weights, run '
-        f'python -m saxgpt.training.checkpoint {folder} OUT, and train with training.resume_from_checkpoint=OUT') from None
+        f'python -m saxgpt.pretrained {folder} OUT, and train with training.resume_from_checkpoint=OUT') from None
 
 @patch
 def find(self:Trainer)->dict: # what to load; None if there is nothing
