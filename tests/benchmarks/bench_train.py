@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_train.py [--sizes xsmall small] [--device cuda] [--compile] [--steps 40] [--rounds 5] [--out F.json]
 
-Ours is a whole `Run(cfg).fit()`, as the command runs it: its loader, moving average, log and safety checks, without validation; the clock
+Ours is a whole `TrainingRun(cfg).fit()`, as the command runs it: its loader, moving average, log and safety checks, without validation; the clock
 runs from the end of the last warm-up step to the end of the last step. The plain loop is `plain` below, with torch's own DataLoader. Rounds
 alternate; the ratio is that of neighbours: median, lowest and highest, and the median by processor time, which other programs on the machine
 disturb less. `wait` is the share of the time in which a step waits for its batch; `loader` is how fast the loader is when nothing waits for it
@@ -57,7 +57,7 @@ from saxgpt.data.dataset import CodesDataset, make_loader  # noqa: E402
 from saxgpt.files import read_jsonl  # noqa: E402
 from saxgpt.model.transformer import SaxGPT, next_step_loss  # noqa: E402
 from saxgpt.training.dist import World  # noqa: E402
-from saxgpt.training.run import Run  # noqa: E402
+from saxgpt.training.run import TrainingRun  # noqa: E402
 
 torch.set_num_threads(args.threads)
 torch.set_flush_denormal(True)
@@ -103,7 +103,7 @@ def quiet():
 
 def ours(cfg):
     "Frames per second (on the wall, of the processor) of a run of our trainer, and what it logs of itself."
-    run, at = Run(cfg, World(device=dev)), {}
+    run, at = TrainingRun(cfg, World(device=dev)), {}
     step = run.trainer.train_step
 
     def timed(*a, **kw):
