@@ -94,14 +94,14 @@ weights: env
 	$(TRAIN) data.train_path=$(FORMS)/7_datasets/train.safetensors data.val_path=$(FORMS)/7_datasets/val.safetensors training.output_dir=models/forms \
 		training.max_steps=8047 training.scheduler.total_steps=26000 training.optimizer.lr=0.0025 training.codebook_weights=null \
 		training.context_dropout.hold_steps=800 training.context_dropout.ramp_steps=2000 training.val_interval=1600
-	$(V)/python -m saxgpt.training.checkpoint models/forms/checkpoints/last models/forms/weights
+	$(V)/python -m saxgpt.pretrained models/forms/checkpoints/last models/forms/weights
 	$(TRAIN) data.train_path=$(SHORT)/train.safetensors data.val_path=$(SHORT)/val.safetensors training.output_dir=models/short \
 		training.resume_from_checkpoint=models/forms/weights training.max_steps=9349 training.scheduler.total_steps=14000 \
 		training.scheduler.warmup_steps=50 training.context_dropout.start_rate=0.1 training.val_interval=1000
-	$(V)/python -m saxgpt.training.checkpoint models/short/checkpoints/last models/short/weights
+	$(V)/python -m saxgpt.pretrained models/short/checkpoints/last models/short/weights
 	$(TRAIN) training.resume_from_checkpoint=models/short/weights training.max_steps=1200 training.batch_size=1 training.optimizer.lr=0.001 \
 		training.scheduler.warmup_steps=50 training.context_dropout.start_rate=0.1 training.val_interval=400
-	$(V)/python -m saxgpt.training.checkpoint models/demo/checkpoints/best saxgpt/weights/bundled \
+	$(V)/python -m saxgpt.pretrained models/demo/checkpoints/best saxgpt/weights/bundled \
 		--dataset $(DEMO)/7_datasets/train.safetensors
 	$(V)/saxgpt sweep --config demo --checkpoint saxgpt/weights/bundled --output-dir out/sweep --n 24 && cp out/sweep/sweep.json saxgpt/weights/bundled/
 	$(V)/saxgpt evaluate --config demo --checkpoint saxgpt/weights/bundled

@@ -499,16 +499,17 @@ def arguments(
 
 def command(
     func=None, # does the work
+    prog:str=None, # what to call it; as a command of `saxgpt`, or as a module, when absent
     **short # parameter='-x'
 ):
     "Make `func` what `python -m` runs; elsewhere leave it as it is."
-    if func is None: return lambda f: _run(f, short, inspect.currentframe().f_back)
-    return _run(func, short, inspect.currentframe().f_back)
+    if func is None: return lambda f: _run(f, prog, short, inspect.currentframe().f_back)
+    return _run(func, prog, short, inspect.currentframe().f_back)
 
-def _run(func, short, frame):
+def _run(func, prog, short, frame):
     if frame.f_globals.get('__name__') != '__main__' or '__file__' not in frame.f_globals: return func
     name = getattr(frame.f_globals.get('__spec__'), 'name', None) or Path(frame.f_globals['__file__']).name
-    prog = name.replace('.', ' ') if name.count('.') == 1 else f'python -m {name}'
+    prog = prog or (name.replace('.', ' ') if name.count('.') == 1 else f'python -m {name}')
     steady()
     args = {k: v for k, v in vars(arguments(func, prog, short).parse_intermixed_args()).items() if k not in ('pdb', 'xtra')}
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL: signal.signal(signal.SIGINT, signal.default_int_handler)    # see saxgpt/__init__.py

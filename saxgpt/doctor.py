@@ -85,7 +85,7 @@ def codec_status()->str:
 
 def check_model()->str:
     "Whether the bundled model loads."
-    from saxgpt.training.checkpoint import load_model
+    from saxgpt.pretrained import load_model
     model, about = load_model()
     n = sum(p.numel() for p in model.parameters())
     return f'{n/1e6:.1f} million parameters, for codes of {about["codec_name"]}'

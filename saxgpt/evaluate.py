@@ -35,7 +35,7 @@ from .model.transformer import SaxGPT, next_step_loss
 from .patterns import delay
 from .report import notes, report
 from .sampling import DEFAULT_SAMPLING, Sampler, check_settings, resolve_sampling
-from .training.checkpoint import load_model
+from .pretrained import load_model
 from .words import bar, tell
 
 # %% ../nbs/09_evaluation.ipynb #990cf129

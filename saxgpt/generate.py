@@ -27,7 +27,7 @@ from .model.decoding import play_codes, quantize_decoder
 from .model.transformer import SaxGPT
 from .packages import without_warnings
 from .sampling import DEFAULT_SAMPLING, DEFAULT_SAMPLING_NO_CFG, check_settings, resolve_sampling
-from .training.checkpoint import load_model
+from .pretrained import load_model
 from .words import bar, notify
 
 # %% ../nbs/08_generation.ipynb #60bcef7c

@@ -17,7 +17,7 @@ from .codecs.base import check_codec
 from .config import ConfigError, RunConfig, command, device_name, load_config, parse, to_dict
 from .evaluate import ResultCache, SampleScorer, TestSet, clean, make_plan, mean_ci, plain, play, player_key
 from .files import locked, output_path, write_text
-from .training.checkpoint import load_model
+from .pretrained import load_model
 from .words import bar
 
 # %% ../nbs/09e_sweep.ipynb #ceb0ab8c

@@ -28,7 +28,7 @@ from .music.feels import BANDS, FEELS
 from .music.recording import KINDS
 from .music.world import make_pool
 from .sampling import resolve_sampling
-from .training.checkpoint import load_model
+from .pretrained import load_model
 from .words import bar, tell
 
 # %% ../nbs/09f_worlds.ipynb #73fdaa3a

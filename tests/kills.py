@@ -33,7 +33,7 @@ from pathlib import Path
 from forks import warm
 
 HERE = Path(__file__).resolve()
-MODULES = {'Trainer': 'saxgpt.training.loop', 'checkpoint': 'saxgpt.training.checkpoint'}
+MODULES = {'Trainer': 'saxgpt.training.loop', 'Saver': 'saxgpt.training.resume', 'checkpoint': 'saxgpt.training.checkpoint'}
 
 
 # inside the run: traps

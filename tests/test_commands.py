@@ -23,7 +23,7 @@ from saxgpt.data.splits import SPLITS, split_of
 from saxgpt.demo import demo_backing, make_corpus
 from saxgpt.files import read_jsonl, read_tensors
 from saxgpt.model.transformer import SaxGPT
-from saxgpt.training.checkpoint import give_away, load_model
+from saxgpt.pretrained import give_away, load_model
 
 cold = dict(os.environ, OMP_NUM_THREADS='1')            # each command at least once
 env = cold | warm('saxgpt.generate', 'saxgpt.pipeline', 'saxgpt.train', 'librosa', 'matplotlib.pyplot', 'scipy.signal', 'torch._dynamo',

@@ -28,7 +28,7 @@ from saxgpt.fad import FadError, fad, library_points
 from saxgpt.files import read_jsonl, read_tensors, write_jsonl
 from saxgpt.fit import FIT
 from saxgpt.sweep import sweep
-from saxgpt.training.checkpoint import give_away, load_model
+from saxgpt.pretrained import give_away, load_model
 
 # What cannot be reached is not waited for: a proxy that refuses is as good as no network.
 offline = {k: 'http://127.0.0.1:9' for k in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')} | dict(no_proxy='', NO_PROXY='')
@@ -157,7 +157,7 @@ def make_checkpoint(folder, codec_hash=None, **model):
     "The bundled weights, or random ones where they do not fit, under another config."
     from saxgpt.config import RunConfig
     from saxgpt.model.transformer import SaxGPT
-    from saxgpt.training.checkpoint import parse
+    from saxgpt.config import parse
     m = load_model('bundled')[0]
     about = json.loads(json.dumps(m.about))
     about['config']['model'].update(model)

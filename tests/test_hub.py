@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from saxgpt.config import RunConfig, parse
 from saxgpt.model.decoding import generate_codes
-from saxgpt.training.checkpoint import load_model, save_checkpoint
+from saxgpt.pretrained import load_model
+from saxgpt.training.checkpoint import save_checkpoint
 
 
 class FakeHub:
@@ -125,7 +126,7 @@ backing = torch.arange(4*60).reshape(1, 4, 60)*37 % 2048
 
 push = '''
 import sys
-from saxgpt.training.checkpoint import load_model
+from saxgpt.pretrained import load_model
 load_model(sys.argv[1])[0].push_to_hub('somebody/sax')
 '''
 
@@ -134,7 +135,7 @@ import json, sys, torch
 from safetensors.torch import save_file
 from saxgpt.model.decoding import generate_codes
 from saxgpt.model.transformer import SaxGPT
-from saxgpt.training.checkpoint import load_model
+from saxgpt.pretrained import load_model
 name = 'hf://somebody/sax'
 models = [SaxGPT.from_pretrained('somebody/sax'), load_model(name)[0], load_model(name, local_files_only=True)[0], load_model(name, revision=sys.argv[3])[0]]
 for i, m in enumerate(models):

@@ -26,7 +26,7 @@ INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 ALL = os.environ.get('SAXGPT_KILLS') == 'all'
 END = {INT: 130, TERM: 143, KILL: -9}
 RUNS = VARIANTS | dict(short=dict(num_epochs=2))                 # 16 steps
-step, validate, save = 'Trainer.train_step', 'Trainer.validate', 'Trainer.save'
+step, validate, save = 'Trainer.train_step', 'Trainer.validate', 'Saver.save'
 
 
 @pytest.fixture(scope='module')

@@ -78,8 +78,9 @@ def kind(name, variant, hit, n=1):
 
 
 def at(where, sig, times=1, **more):
-    "At the n-th call of a method of the trainer, n by lot"
-    return lambda: ([dict(at=f'Trainer.{where}', n=dice.randint(1, times), signal=sig, **more)], None)
+    "At the n-th call of a method of the trainer, or of what saves it, n by lot"
+    owner = 'Saver' if where == 'save' else 'Trainer'
+    return lambda: ([dict(at=f'{owner}.{where}', n=dice.randint(1, times), signal=sig, **more)], None)
 
 
 def outside(sig, group=False):

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_train.py [--sizes xsmall small] [--device cuda] [--compile] [--steps 40] [--rounds 5] [--out F.json]
 
-Ours is a whole `Trainer(cfg).fit()`, as the command runs it: its loader, moving average, log and safety checks, without validation; the clock
+Ours is a whole `TrainingRun(cfg).fit()`, as the command runs it: its loader, moving average, log and safety checks, without validation; the clock
 runs from the end of the last warm-up step to the end of the last step. The plain loop is `plain` below, with torch's own DataLoader. Rounds
 alternate; the ratio is that of neighbours: median, lowest and highest, and the median by processor time, which other programs on the machine
 disturb less. `wait` is the share of the time in which a step waits for its batch; `loader` is how fast the loader is when nothing waits for it
@@ -57,7 +57,7 @@ from saxgpt.data.dataset import CodesDataset, make_loader  # noqa: E402
 from saxgpt.files import read_jsonl  # noqa: E402
 from saxgpt.model.transformer import SaxGPT, next_step_loss  # noqa: E402
 from saxgpt.training.dist import World  # noqa: E402
-from saxgpt.training.loop import Trainer  # noqa: E402
+from saxgpt.training.run import TrainingRun  # noqa: E402
 
 torch.set_num_threads(args.threads)
 torch.set_flush_denormal(True)
@@ -103,19 +103,19 @@ def quiet():
 
 def ours(cfg):
     "Frames per second (on the wall, of the processor) of a run of our trainer, and what it logs of itself."
-    trainer, at = Trainer(cfg, World(device=dev)), {}
-    step = trainer.train_step
+    run, at = TrainingRun(cfg, World(device=dev)), {}
+    step = run.trainer.train_step
 
     def timed(*a, **kw):
         out = step(*a, **kw)
         if (n := timed.n + 1) in (args.warm, LAST): at[n] = now()
         timed.n = n
         return out
-    timed.n, trainer.train_step = 0, timed
-    assert trainer.fit() == 0, 'stopped'
-    lines = [l for l in read_jsonl(trainer.out/'metrics.jsonl') if l['split'] == 'train' and l['step'] > args.warm]
+    timed.n, run.trainer.train_step = 0, timed
+    assert run.fit() == 0, 'stopped'
+    lines = [l for l in read_jsonl(run.sync.folder/'metrics.jsonl') if l['split'] == 'train' and l['step'] > args.warm]
     said = {k: median(l[k] for l in lines) for k in ('data_wait', 'mfu') if lines and lines[0].get(k) is not None}
-    return FRAMES/(at[LAST] - at[args.warm]), said | dict(compiled=bool(getattr(trainer, 'compiled', False)))
+    return FRAMES/(at[LAST] - at[args.warm]), said | dict(compiled=bool(run.state.compiled))
 
 
 def plain(cfg):
