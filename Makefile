@@ -75,12 +75,21 @@ prepare: env
 lab: env
 	$(V)/jupyter lab nbs
 
-# The bundled codec and model from nothing: about six hours on two cores, 90 GB of disk. The codec hears 5 h. Then come short windows, where
-# attention is cheap, first of tunes on nine forms, then of tunes with changes of their own; and at last the full 30 s.
+# The bundled codec and model from nothing: some twelve hours on two cores, 90 GB of disk. First in a small world, of one trio in one room: the codec
+# hears 5 h; then come short windows, where attention is cheap, of tunes on nine forms and of tunes with changes of their own, and the full 30 s.
+# Then in the wide world, where the codec is fitted again and the backing gets a codec of pitches; the model goes on from the weights so far.
+# FONTS: a folder of soundfonts; the command says which are missing.
+FONTS ?= data/fonts
+WIDE := data/wide
+CODES = $(V)/saxgpt demo --out $(WIDE) --codes --codec models/wide-codec
+HELD := --without-feels shuffle,mambo --without-bands 'organ trio,vibraphone trio'
 FORMS := data/forms
 DEMO := data/demo
 SHORT := $(DEMO)/7_short
-TRAIN = $(V)/saxgpt train --config demo --ddp --num-gpus 2
+TRAIN = $(V)/saxgpt train --config demo --ddp --num-gpus 2 model.separate_embeddings=false
+WIDER = $(V)/saxgpt train --config demo data.train_path=$(WIDE)/7_datasets/train.safetensors data.val_path=$(WIDE)/7_datasets/val.safetensors \
+	training.embeddings_from=models/wide-codec training.batch_size=8 training.precision=fp32 training.ema_decay=0.99 \
+	training.scheduler.warmup_steps=50 training.val_interval=200
 weights: env
 	$(V)/saxgpt demo --out $(FORMS)/corpus --minutes 300 --seed 1 --drawn 0
 	$(V)/python -m saxgpt.training.codec --corpus $(FORMS)/corpus --out saxgpt/weights/mel-rvq
@@ -101,10 +110,27 @@ weights: env
 	$(V)/python -m saxgpt.pretrained models/short/checkpoints/last models/short/weights
 	$(TRAIN) training.resume_from_checkpoint=models/short/weights training.max_steps=1200 training.batch_size=1 training.optimizer.lr=0.001 \
 		training.scheduler.warmup_steps=50 training.context_dropout.start_rate=0.1 training.val_interval=400
-	$(V)/python -m saxgpt.pretrained models/demo/checkpoints/best saxgpt/weights/bundled \
-		--dataset $(DEMO)/7_datasets/train.safetensors
+	$(V)/python -m saxgpt.pretrained models/demo/checkpoints/best models/demo/weights
+	$(V)/saxgpt demo --world wide --fonts $(FONTS) --out $(WIDE)/sound/wide --minutes 240 --seed 1
+	$(V)/saxgpt demo --out $(WIDE)/sound/plain --minutes 42 --seed 1
+	$(V)/python -m saxgpt.training.codec --corpus $(WIDE)/sound --out models/wide-mel --frames 240000 --start saxgpt/weights/mel-rvq
+	$(V)/python -m saxgpt.training.spectra --codec models/wide-mel --corpus $(WIDE)/sound --start saxgpt/weights/mel-rvq --steps 6000
+	$(V)/python -m saxgpt.training.codec --corpus $(WIDE)/sound --out models/wide-codec --frames 200000 --start models/wide-mel --backings
+	$(CODES) --world wide --fonts $(FONTS) --minutes 480 --seed 11 $(HELD) --without-fonts FluidR3
+	$(CODES) --world wide --fonts $(FONTS) --minutes 600 --seed 12 $(HELD)
+	$(CODES) --minutes 150 --seed 1
+	sed 's,$(DEMO),$(WIDE),; s,codec: bundled,codec: models/wide-codec,' saxgpt/configs/data/demo.yaml > $(WIDE)/wide.yaml
+	$(V)/saxgpt pipeline --config $(WIDE)/wide.yaml --only dataset dataset.seq_len=500 dataset.stride=250
+	$(WIDER) training.output_dir=models/wide training.resume_from_checkpoint=models/demo/weights \
+		training.max_steps=4336 training.scheduler.total_steps=20000 training.context_dropout.start_rate=0.4 \
+		training.context_dropout.hold_steps=100 training.context_dropout.ramp_steps=500
+	$(V)/python -m saxgpt.pretrained models/wide/checkpoints/last models/wide/weights
+	$(WIDER) training.output_dir=models/settled training.resume_from_checkpoint=models/wide/weights training.max_steps=800 \
+		training.context_dropout.start_rate=0.1
+	cp models/wide-codec/codec.json models/wide-codec/codec.safetensors saxgpt/weights/mel-rvq/
+	$(V)/python -m saxgpt.pretrained models/settled/checkpoints/last saxgpt/weights/bundled --dataset $(WIDE)/7_datasets/train.safetensors
 	$(V)/saxgpt sweep --config demo --checkpoint saxgpt/weights/bundled --output-dir out/sweep --n 24 && cp out/sweep/sweep.json saxgpt/weights/bundled/
-	$(V)/saxgpt evaluate --config demo --checkpoint saxgpt/weights/bundled
+	$(V)/saxgpt worlds --fonts $(FONTS) --test
 
 image:
 	@test -n "$(IMAGE)" || { echo "make image: give it a name, IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG"; exit 2; }

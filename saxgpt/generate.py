@@ -136,7 +136,7 @@ def generate(
     return solos
 
 # %% ../nbs/08_generation.ipynb #5efeb3be
-PIECES, FAR, STRANGE_GUIDANCE = 6, 3., 3.
+PIECES, FAR, STRANGE_GUIDANCE = 6, 2.2, 3.
 
 def distance_to_corpus(
     codec, # the one the model was trained with

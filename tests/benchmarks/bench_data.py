@@ -135,7 +135,7 @@ def tokenisation(cfg):
 
     def bare():
         for clip in clips:
-            for k in 'lead', 'backing': codec.encode(torch.from_numpy(sf.read(clip/f'{k}.wav', dtype='f4')[0])[None, None])
+            for k, c in (('lead', codec), ('backing', codec.for_backing)): c.encode(torch.from_numpy(sf.read(clip/f'{k}.wav', dtype='f4')[0])[None, None])
     return dict(clips=len(clips)) | interleaved(lambda: codes.run(cfg, device=args.device), bare,
                                                 lambda: shutil.rmtree(cfg.data_paths.codes_dir, ignore_errors=True))
 

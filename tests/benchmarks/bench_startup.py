@@ -27,7 +27,7 @@ codec = load_codec(about['codec_name'])
 check_codec(codec.fingerprint(), about, 'checkpoint')
 backing = normalize_loudness(backing, codec.sample_rate, BACKING_LUFS)[:, :]
 '''
-FIRST = READY + 'next(play_codes(model, codec.encode(torch.from_numpy(backing)[None]), [0], block=1))'
+FIRST = READY + 'next(play_codes(model, codec.for_backing.encode(torch.from_numpy(backing)[None]), [0], block=1))'
 runs = {'python': ['-c', 'pass'], 'import torch': ['-c', 'import torch'], 'import saxgpt.generate': ['-c', 'import saxgpt.generate'],
         'ready to play': ['-c', READY], 'first step decoded': ['-c', FIRST]}
 runs |= {f'saxgpt {name} --help': ['-m', f'saxgpt.{name}', '--help'] for name in commands}
