@@ -125,7 +125,7 @@ class CodesDataset(Dataset):
     def __reduce__(self): # what a worker process is sent: the path, never the codes
         return CodesDataset, (self.path, self.seq_len, self.stride, self.padding_idx)
 
-# %% ../../nbs/05_dataset.ipynb #de2032ab
+# %% ../../nbs/05_dataset.ipynb #3e2aa4ef
 @patch
 def _open(self:CodesDataset, seq_len, stride): # the least padding index that the file allows
     "Map the file and read its settings."

@@ -157,7 +157,7 @@ def set(self:Schedule, optimizer, step:int):
     "Give every group the rate of the next step."
     for g in optimizer.param_groups: g['lr'] = self.lr(step, g['base_lr'])
 
-# %% ../../nbs/07a_optim.ipynb #18fdb7a5
+# %% ../../nbs/07a_optim.ipynb #9cd1c73f
 @patch
 def observe(self:Schedule, loss:float):
     "Tell a `plateau` schedule a validation loss."
