@@ -327,11 +327,11 @@ def play(
     codec=None, # of the codes, where `settings` have a density
 )->list: # codes (K,L), one for each window
     "A solo for each window."
-    out = []
+    out, more = [], {} if settings.get('density') is None else dict(codec=codec)
     for g in progress(groups(windows, lambda i: tests.place(i)[2])):
         def work():
             backing = torch.from_numpy(np.stack([tests.codes(i)[0] for i in g]))
-            return generate_codes(model, backing, [seed*1_000_003 + i for i in g], codec=codec if settings.get('density') is not None else None, **settings).cpu()
+            return generate_codes(model, backing, [seed*1_000_003 + i for i in g], **settings, **more).cpu()
         out += [np.array(c) for c in store('solos', [*cache_key, tests.dataset.seq_len, g, seed, settings], work)]
     return out
 

@@ -435,8 +435,8 @@ def events(self:TrainingRun):
     if not self.stopped: yield from self.trainer.fit()
 
 @patch
-def loop(self:TrainingRun):
-    "Train until the run is over or asked to stop, with a progress bar."
+def loop(self:TrainingRun, event:str):
+    "Log the `event`, and train until the run is over or asked to stop, with a progress bar."
     t, show = self.trainer, self.cfg.training.use_pbar and self.world.main
     def note(signum):
         t.stop = signum
@@ -445,8 +445,9 @@ def loop(self:TrainingRun):
     progress = bar(total=t.total, initial=t.step, disable=not show, unit='step', dynamic_ncols=True,
                    mininterval=.2 if SafeStderr().isatty() else 30)
     with stop_signals(note), progress as shown:
-        for event, losses in self.events():
-            if event == 'step': self.after_step(losses)
+        self.log_start(event)          # whoever reads it may send a signal at once
+        for happened, losses in self.events():
+            if happened == 'step': self.after_step(losses)
             else: self.after_validation(losses)
             shown.update(t.step - shown.n)
             known = dict(loss=self.log.loss, val=t.val)
@@ -465,8 +466,7 @@ def run(self:TrainingRun)->int: # 0, or the signal that stopped the run
     self.compile()
     self.log.clock.start()
     self.saver.saved_at = time.monotonic()
-    self.log_start('resume' if resumed else 'start')
-    self.loop()
+    self.loop('resume' if resumed else 'start')
     if not (self.sync.here/'last').exists(): self.saver.save()          # there was nothing to do
     how = f'finished at step {t.step}'
     if self.stopped: how = f'stopped after step {t.step} of {t.total}; the same command goes on'
