@@ -129,7 +129,8 @@ weights: env
 		training.context_dropout.start_rate=0.1
 	cp models/wide-codec/codec.json models/wide-codec/codec.safetensors saxgpt/weights/mel-rvq/
 	$(V)/python -m saxgpt.pretrained models/settled/checkpoints/last saxgpt/weights/bundled --dataset $(WIDE)/7_datasets/train.safetensors
-	$(V)/saxgpt sweep --config demo --checkpoint saxgpt/weights/bundled --output-dir out/sweep --n 24 && cp out/sweep/sweep.json saxgpt/weights/bundled/
+	$(V)/saxgpt sweep --config demo data.val_path=$(WIDE)/7_datasets/val.safetensors --checkpoint saxgpt/weights/bundled \
+		--output-dir out/sweep --n 24 && cp out/sweep/sweep.json saxgpt/weights/bundled/
 	$(V)/saxgpt worlds --fonts $(FONTS) --test
 
 image:

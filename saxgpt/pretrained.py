@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 
+from .codecs.base import check_codec
 from .config import RunConfig, command, parse, weights_dir
 from .files import output_path
 from .metrics import total_variation
@@ -122,8 +123,7 @@ def describe_backings(
     most:int=1000, # pieces to measure, spread over the dataset
 )->dict: # codebook, piece, counts (V,), mean, sd, recordings, frames; for JSON
     "How often each code occurs in a dataset's backings, and how far pieces are from the rest."
-    from saxgpt.codecs.base import check_codec                                     # playing needs neither
-    from saxgpt.data.dataset import CodesDataset
+    from saxgpt.data.dataset import CodesDataset                       # playing does not need it
     data = CodesDataset(path)
     if codec: check_codec(codec, data.fingerprint, str(data.path))
     own, pieces = code_pieces(data, most)

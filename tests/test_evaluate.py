@@ -155,9 +155,8 @@ def test_two_checkpoints_side_by_side(data, whole, tmp_path):
 
 def make_checkpoint(folder, codec_hash=None, **model):
     "The bundled weights, or random ones where they do not fit, under another config."
-    from saxgpt.config import RunConfig
+    from saxgpt.config import RunConfig, parse
     from saxgpt.model.transformer import SaxGPT
-    from saxgpt.config import parse
     m = load_model('bundled')[0]
     about = json.loads(json.dumps(m.about))
     about['config']['model'].update(model)

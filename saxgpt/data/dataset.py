@@ -20,7 +20,8 @@ from ..patterns import delay
 from ..remote import fetch, is_remote
 
 # %% ../../nbs/05_dataset.ipynb #b0a99ae6
-class DatasetError(ValueError): "Codes or a dataset file that cannot be used."
+class DatasetError(ValueError):
+    "Codes or a dataset file that cannot be used."
 
 _BROKEN = (ValueError, TypeError, LookupError, AttributeError, OverflowError,
            RecursionError)         # what reading a damaged file ends in
@@ -148,8 +149,7 @@ def _open(self:CodesDataset, seq_len, stride): # the least padding index that th
 
 # %% ../../nbs/05_dataset.ipynb #132af999
 @patch
-# (clip, first frame, last frame + 1), frames of the file
-def locate(self:CodesDataset, i:int)->tuple:
+def locate(self:CodesDataset, i:int)->tuple: # (clip, first frame of the file, last + 1)
     "Where window `i` lies."
     if not -len(self) <= i < len(self): raise IndexError(f'window {i} of {len(self)}')
     i = int(i) % len(self)

@@ -245,8 +245,7 @@ def _meta(cfg, part, first):
     "Header of a split's file: codec, window settings, and the hash of everything that made it."
     d = cfg.dataset
     made = content_hash([c['hash'] for c in part], cfg.train_test_split.model_dump(),
-                        d.model_dump(),
-                        first['codec_hash'])
+                        d.model_dump(), first['codec_hash'])
     return dict(codec_name=first['codec_name'], codec_hash=first['codec_hash'],
                 frame_rate=first.get('frame_rate', '50'), seq_len=str(d.seq_len),
                 stride=str(d.stride), padding_idx=str(d.padding_idx), settings=made)
@@ -258,8 +257,8 @@ def _chosen(codes_dir):
     files, manifest = sorted(codes_dir.glob('*.safetensors')), codes_dir/'manifest.jsonl'
     if not manifest.is_file(): return files, []
     names = sorted({e['clip'] for e in read_manifest(manifest, clip=is_name)})
-    return [codes_dir/f'{n}.safetensors' for n in names], [f.stem for f in files
-                                                           if f.stem not in names]
+    stale = [f.stem for f in files if f.stem not in names]
+    return [codes_dir/f'{n}.safetensors' for n in names], stale
 
 # %% ../../nbs/05b_splits.ipynb #1b882c0d
 def _replace(path, text):
@@ -281,13 +280,13 @@ def is_done(
 )->bool:
     "Whether a split's file was made from this, and is unchanged since."
     try:
-        return CodesDataset(path).meta.get('settings') == meta['settings'] and file_hash(
-            path) == sha256
+        same = CodesDataset(path).meta.get('settings') == meta['settings']
+        return same and file_hash(path) == sha256
     except (DatasetError, OSError): return False
 
 # %% ../../nbs/05b_splits.ipynb #52710b01
-# clips of each split, and copies left out because they are not for training
 def _assign(clips, fractions):
+    "The clips of each split, and how many copies are left out because they are not for training."
     parts, held = {k: [] for k in SPLITS}, 0
     for c in clips:
         k = split_of(c['recording'], fractions.seed, fractions.test, fractions.val)
@@ -310,8 +309,8 @@ def _hours(clips, frame_rate): return sum(c['length'] for c in clips)/frame_rate
 # %% ../../nbs/05b_splits.ipynb #e6a53e43
 def _write(out, cfg, parts, first): # {split: file}, clips of the files that had to be made
     out.mkdir(parents=True, exist_ok=True)
-    known, paths, made = _hashes(out/'datasheet.json'), {k: out/f'{k}.safetensors'
-                                                         for k in SPLITS}, []
+    known, made = _hashes(out/'datasheet.json'), []
+    paths = {k: out/f'{k}.safetensors' for k in SPLITS}
     for k,part in parts.items():
         meta = _meta(cfg, part, first)
         if is_done(paths[k], meta, known.get(k)): continue

@@ -21,12 +21,11 @@ from ..files import (append_jsonl, locked, open_own, output_path, reason, remove
                           write_tensors)
 from ..remote import RemoteError, put
 from .checkpoint import save_checkpoint
-from .conditioning import context_dropout_rate
+from .conditioning import context_dropout_rate, scheduled_sampling_rate
 from .dist import World, gather, joined, total
 from .loop import Trainer
 from .resume import Resume, RunState, Saver, TrainingError, notify_once, why
 from .run_sync import RunSync
-from .conditioning import scheduled_sampling_rate
 from .throughput import (compile_gain, has_bf16, keep_freed_memory, memory_gb,
                                         peak_flops, window_flops)
 from ..words import SafeStderr, bar
