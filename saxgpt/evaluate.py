@@ -27,8 +27,8 @@ from .config import ConfigError, DataConfig, RunConfig, command, device_name, lo
 from .data.dataset import CodesDataset
 from .fad import EMBEDDERS, FadError, adherence, embed, fad, mismatched_pairs
 from .files import content_hash, file_hash, is_name, locked, output_path, printable, read_jsonl, remove_leftovers, write_text
-from .fit import CORRUPTIONS, FIT, corrupt, describe_backing, describe_solo, fit_scores, logits_by_condition, partner, transpose
-from .generate import read_truth
+from .fit import CORRUPTIONS, FIT, corrupt, fit_scores, logits_by_condition, partner, transpose
+from .music.transcription import describe_backing, describe_solo, read_truth
 from .metrics import bootstrap, codebook_accuracy, consistency, first_divergence, kl_divergence, sequence_accuracy, vocabulary
 from .model.decoding import Window, generate_codes, single_thread_if_small
 from .model.transformer import SaxGPT, next_step_loss

@@ -20,9 +20,11 @@ from .config import command, device_name
 from .demo import VERSION, compose, render, truth_of
 from .evaluate import ResultCache, clean, mean_ci, plain
 from .files import locked, output_path, save_picture, write_text
-from .fit import describe_backing, describe_solo, fit_scores, partner, transpose
-from .generate import distance_to_corpus, encode_audio, notice_strange
+from .fit import fit_scores, partner, transpose
+from .generate import distance_to_corpus, notice_strange
+from .generation import encode_audio
 from .metrics import longest_silence
+from .music.transcription import describe_backing, describe_solo
 from .model.decoding import generate_codes
 from .music.feels import BANDS, FEELS
 from .music.recording import KINDS

@@ -31,7 +31,8 @@ layers = [
     {'training.checkpoint', 'training.run_sync'},
     {'pretrained'},
     {'training', 'monitor'},
-    {'train', 'generate'},
+    {'train', 'generation'},
+    {'generate'},
     {'fit', 'fad', 'report', 'evaluate', 'sweep', 'worlds'},
     {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
 ]
@@ -198,7 +199,8 @@ def test_a_solo_begins_without_slow_imports():
     code = '''
 import sys, torch
 before = {*sys.modules}
-from saxgpt.generate import load_codec, load_model, read_backing, stream
+from saxgpt.generate import load_codec, load_model, read_backing
+from saxgpt.generation import stream
 model, about = load_model()
 next(stream(model, load_codec(about["codec_name"]), read_backing("demo", 1)[1], seconds=.1))
 print(*{*sys.modules} - before)'''

@@ -20,7 +20,8 @@ args = parser.parse_args()
 
 READY = '''
 import torch
-from saxgpt.generate import BACKING_LUFS, check_codec, load_codec, load_model, normalize_loudness, play_codes, read_backing
+from saxgpt.generate import check_codec, load_codec, load_model, normalize_loudness, read_backing
+from saxgpt.generation import BACKING_LUFS, play_codes
 model, about = load_model()
 backing = read_backing('demo')[1]
 codec = load_codec(about['codec_name'])
