@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .codecs.base import CHUNK, Codec, CodecError
 from .codecs.encodec import fetch_encodec, from_folder, import_encodec
-from .codecs.mel import MelCodec
+from .codecs.bundled import MelCodec
 from .config import weights_dir
 
 # %% ../nbs/04h_load_codec.ipynb #d0362343

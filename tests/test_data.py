@@ -23,7 +23,7 @@ import yaml
 from forks import first, warm
 from kills import busy
 from saxgpt.codec import load_codec
-from saxgpt.codecs.mel import MelCodec
+from saxgpt.codecs.bundled import MelCodec
 from saxgpt.config import DataConfig, load_config
 from saxgpt.data.dataset import CodesDataset
 from saxgpt.demo import make_corpus, tiny_demucs

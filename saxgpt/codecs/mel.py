@@ -4,21 +4,16 @@
 
 # %% auto #0
 __all__ = ['HALF', 'ROUNDING', 'MelSettings', 'mel_bands', 'magnitudes', 'log_mel_frames', 'nearest', 'quantize', 'dequantize',
-           'linear_spectra', 'peak_phases', 'griffin_lim', 'quantized', 'PitchCodec', 'MelCodec', 'check_target']
+           'linear_spectra', 'peak_phases', 'griffin_lim']
 
-# %% ../../nbs/04a_codec.ipynb #926e6d74
-import json, math
+# %% ../../nbs/04a_codec.ipynb #8d8acb15
+import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np, torch
-from fastcore.basics import patch
 from torch import nn
 
-from .base import CHUNK, Codec, CodecError, HUSH_DB, chunk_frames, read_chunk
-from .constant_q import PitchAnalysis, PitchSettings
-from .spectra import MelInverter, load_spectra
-from ..files import atomic_dir, content_hash, output_path, read_json, read_weights, write_tensors
+from .base import CodecError
 
 # %% ../../nbs/04a_codec.ipynb #fece0938
 @dataclass(frozen=True)
@@ -157,155 +152,3 @@ def griffin_lim(
         ahead = found + momentum*(found - last)
         z, last = y*ahead/(ahead.abs() + 1e-8), found
     return torch.istft(z, length=length, **args)[HALF//2:-(HALF//2)]
-
-# %% ../../nbs/04a_codec.ipynb #b1c0de02
-def quantized(
-    codec, # with `codebooks`, and `chunk` frames to be analysed at a time
-    x, # (N,), as for `encode_many`
-    around:int, # frames to either side that a frame depends on
-    frames, # (n,) -> (T,D)
-)->torch.Tensor: # (K,T) int64
-    "Codes of a sound, chunk by chunk."
-    codes = []
-    for start in range(0, -(-len(x)//codec.hop), codec.chunk):
-        before, stop = min(start, around), start + codec.chunk
-        f = frames(read_chunk(codec, x, (start - before)*codec.hop, (stop + around)*codec.hop))
-        codes.append(quantize(f[before:before + codec.chunk], codec.codebooks))
-    return torch.cat(codes, 1)
-
-class PitchCodec(Codec):
-    "Pitches and strokes of a backing as codes: `pitch-rvq`, which only encodes."
-    name = 'pitch-rvq'
-
-    def __init__(self,
-        codebooks:torch.Tensor, # (K,E,D): three of pitches, one of strokes
-        settings:PitchSettings=PitchSettings(), # the analysis
-        chunk_len_s:float=CHUNK, # s of sound to analyse at a time; changes memory, not codes
-    ):
-        super().__init__()
-        self.analysis, self.settings, self.chunk = PitchAnalysis(settings), settings, chunk_frames(chunk_len_s)
-        if codebooks.ndim != 3 or codebooks.shape[0] != 4 or codebooks.shape[2] != self.analysis.width: raise CodecError(
-            f'pitch-rvq: given books of shape {tuple(codebooks.shape)}; they are (4, entries, {self.analysis.width})')
-        self.cardinality = codebooks.shape[1]
-        self.register_buffer('codebooks', codebooks.half().double())
-        self.hash = content_hash(asdict(settings), self.codebooks.half().numpy().tobytes())
-
-    @property
-    def code_vectors(self): return self.codebooks # (K,E,D)
-
-    def encode_item(self, x): return quantized(self, x, self.analysis.context, self.analysis)   # (N,) -> (K,T)
-
-    def decode_item(self, codes): raise CodecError('pitch-rvq: the codes of a backing name pitches and strokes, and cannot be played')
-
-    def sounding(self, codes): # (B,K,T) -> (B,T)
-        return 10*torch.log10(self.analysis.power(self.codebooks[3, codes[:, 3].to(self.device)]) + 1e-20) >= HUSH_DB
-
-# %% ../../nbs/04a_codec.ipynb #bb261c9e
-class MelCodec(Codec):
-    "Log-mel frames, residual quantisation, Griffin-Lim: `mel-rvq`, which is not EnCodec."
-    name = 'mel-rvq'
-
-    def __init__(self,
-        codebooks:torch.Tensor, # (K,E,2M)
-        settings:MelSettings=MelSettings(), # the analysis
-        card:dict=None, # how the books were made
-        chunk_len_s:float=CHUNK, # s of sound to analyse at a time; changes memory, not codes
-        spectra:MelInverter=None, # what makes spectra of bands, when decoding; the update rule when absent
-        backing:PitchCodec=None, # what makes the codes of backings; this codec itself when absent
-    ):
-        super().__init__()
-        if codebooks.shape[0] != 4 or codebooks.shape[2] != 2*settings.n_mels: raise CodecError(
-            f'mel-rvq: given books of shape {tuple(codebooks.shape)}; they are (4, entries, {2*settings.n_mels})')
-        self.settings, self.card, self.cardinality, self.chunk = settings, card or {}, codebooks.shape[1], chunk_frames(chunk_len_s)
-        self.register_buffer('codebooks', codebooks.half().double())
-        self.register_buffer('window', torch.hann_window(settings.n_fft, dtype=torch.float64))
-        self.register_buffer('bands', mel_bands(settings))
-        self.register_buffer('inverse', torch.linalg.pinv(self.bands).float())
-        if backing and backing.cardinality != self.cardinality: raise CodecError(
-            f'mel-rvq: given books of {self.cardinality} entries for leads, and of {backing.cardinality} for backings; they must have as many')
-        self.hash = content_hash(asdict(settings), self.codebooks.half().numpy().tobytes(), *([backing.hash] if backing else []))
-        self.spectra, self.backing = spectra, backing
-
-    @property
-    def code_vectors(self): return self.codebooks # (K,E,2M)
-    @property
-    def for_backing(self): return self.backing or self
-    @property
-    def silent(self): return self.level_db(self.codebooks[0]) < HUSH_DB     # (E,)
-
-    def sounding(self, codes): # (B,K,T) -> (B,T)
-        codes = codes.to(self.device)
-        return self.level_db(sum(book[codes[:, k]] for k, book in enumerate(self.codebooks))) >= HUSH_DB
-
-    def level_db(self, f): # (...,2M) -> (...,): about the RMS level of frames, dB below full scale
-        amplitude = (f.float().exp() - self.settings.floor).clamp(min=0)
-        return 10*torch.log10(amplitude.square().sum(-1)/4 + 1e-20)     # two spectra of sines
-    @property
-    def decoder_hash(self): return content_hash(self.hash, *(v.cpu().numpy().tobytes() for v in self.spectra.half_state().values())) if self.spectra else self.hash
-
-    def encode_item(self, x): # (N,) -> (K,T)
-        around = -(-self.settings.n_fft//(2*self.hop))                 # frames to either side that a window reaches into
-        return quantized(self, x, around, self.analyse)
-
-    def analyse(self, x): return log_mel_frames(x, self.window, self.bands, self.settings.floor) # (N,) -> (T,2M)
-
-    def frames_to_sound(self, f): # (T,2M) -> (T*640,)
-        mel = f.float().reshape(-1, self.settings.n_mels)
-        if self.spectra: y = self.spectra(mel[None])[0]
-        else: y = linear_spectra((mel.T.exp() - self.settings.floor).clamp(min=0), self.bands.float(), self.inverse)
-        return griffin_lim(y, self.window.float())
-
-    def decode_item(self, codes): # (K,T) -> (T*640,)
-        return self.frames_to_sound(dequantize(codes, self.codebooks))
-
-    def unquantized(self, x): # (N,) -> (T*640,): there and back without the books
-        return self.frames_to_sound(self.analyse(x))
-
-# %% ../../nbs/04a_codec.ipynb #b41b9b1b
-def check_target(
-    folder, # where a codec is to be saved
-    *inputs, # what the same command reads
-)->Path: # where to, when that is a link
-    "Raise `CodecError` where something else lies, which saving would replace."
-    folder = Path(folder)
-    if folder.exists() and not (folder/'codec.json').is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CodecError(f'{folder}: exists and holds no codec, and would be replaced with all that is in it; name another folder')
-    return output_path(folder, *inputs, folder=True)
-
-@patch
-def save(self:MelCodec,
-    folder, # written whole or not at all
-):
-    "Write `codec.safetensors` and `codec.json`."
-    with atomic_dir(check_target(folder)) as d:
-        net = self.spectra.half_state() if self.spectra else {}
-        more = {'backing.books': self.backing.codebooks.half()} if self.backing else {}
-        write_tensors(d/'codec.safetensors', dict(books=self.codebooks.half()) | more | {f'spectra.{k}': v for k, v in net.items()})
-        told = dict(codec=self.name, hash=self.hash, voice=self.decoder_hash, settings=asdict(self.settings), card=self.card)
-        if self.backing: told |= dict(backing=asdict(self.backing.settings))
-        (d/'codec.json').write_text(json.dumps(told, indent=1) + '\n')
-
-# %% ../../nbs/04a_codec.ipynb #26e5a6ff
-@patch(cls_method=True)
-def load(cls:MelCodec,
-    folder, # as written by `save`
-    chunk_len_s:float=CHUNK, # s
-)->MelCodec:
-    "Read it back; raises `CodecError` when it is absent or damaged."
-    folder = Path(folder)
-    try:
-        told, tensors = read_json(folder/'codec.json'), read_weights(folder/'codec.safetensors')
-        if not isinstance(told.get('card', {}), dict): raise ValueError('its card in codec.json is none')
-    except OSError as e: raise CodecError(f'{folder}: holds no codec ({Path(e.filename or folder).name}: {e.strerror})') from None
-    except ValueError as e: raise CodecError(f'{folder}: the codec is damaged; fetch or fit it again ({e})') from None
-    try:
-        backing = told.get('backing')
-        if backing is not None: backing = PitchCodec(tensors.pop('backing.books'), PitchSettings(**backing), chunk_len_s)
-        codec = cls(tensors.pop('books'), MelSettings(**told['settings']), told.get('card'), chunk_len_s, backing=backing)
-        net = {k.removeprefix('spectra.'): v for k, v in tensors.items()}
-        if net: codec.spectra = load_spectra(net, codec.bands, codec.settings.floor)
-    except (ValueError, LookupError, TypeError, RuntimeError) as e:
-        raise CodecError(f'{folder}: the codec is damaged; fetch or fit it again ({(str(e) or type(e).__name__).splitlines()[0]})') from None
-    for k, of, said in (('hash', 'books', told.get('hash')), ('decoder_hash', 'spectra', told.get('voice', codec.hash))):
-        if getattr(codec, k) != said: raise CodecError(f'{folder}: the codec is damaged: its {of} do not fit its codec.json; fetch or fit it again')
-    return codec

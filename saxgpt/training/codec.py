@@ -15,7 +15,8 @@ import librosa, numpy as np, torch
 from ..audio import load_mono, log_mel
 from ..codec import load_codec
 from ..codecs.base import CodecError
-from ..codecs.mel import check_target, MelCodec, MelSettings, nearest, PitchCodec
+from ..codecs.bundled import MelCodec, PitchCodec, check_target
+from ..codecs.mel import MelSettings, nearest
 from ..config import command
 from ..codecs.constant_q import PitchAnalysis, PitchSettings
 from ..words import bar

@@ -13,7 +13,8 @@ import numpy as np, soundfile as sf, torch
 
 from ..codec import load_codec
 from ..codecs.base import CodecError
-from ..codecs.mel import dequantize, magnitudes, MelCodec, quantize
+from ..codecs.bundled import MelCodec
+from ..codecs.mel import dequantize, magnitudes, quantize
 from ..config import command
 from ..files import content_hash, output_path, read_tensors, write_tensors
 from ..codecs.spectra import MelInverter, load_spectra
