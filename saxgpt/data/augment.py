@@ -93,7 +93,7 @@ def copies_of(clip:str, seconds:float, # of the clip
     "The copies that a clip has when all is done"
     return {copy_id(clip, v, a): seconds/speed for v,(_,speed) in variants(a).items()}
 
-def _again(clip, why): return ValueError(f'{clip}: {why}; remove the folder and run the windows stage again')
+def _again(clip, why): return ValueError(f'{clip}: {why}; remove the folder and run the segments stage again')
 
 def check_clip(clip)->tuple: # contents of clip.json, {track: probe}
     "A clip's description, once both its tracks are seen to be whole"
@@ -131,14 +131,14 @@ def augment_clip(clip, # folder of a clip
 
 # %% ../../nbs/03_augmentation.ipynb #7c0e3379
 def clips_to_copy(p)->dict: # name -> seconds; `p` is `cfg.data_paths`
-    "Clips of the table of windows; without a table, those in `clips_dir`"
+    "Clips of the table of segments; without a table, those in `clips_dir`"
     if Path(p.metadata_path).is_file():
         return {r['clip']: float(r['duration_s']) for r in read_table(p.metadata_path, 'clip')}
     return {f.parent.name: sf.info(f).duration for f in sorted(Path(p.clips_dir).glob('*/lead.wav')) if (f.parent/'clip.json').is_file()}
 
 def _work(name, clips_dir, aug_dir, a):
     if not (Path(clips_dir)/name).is_dir() and any(not (Path(aug_dir)/c/'clip.json').is_file() for c in copies_of(name, 1., a)):
-        raise FileNotFoundError(f'{Path(clips_dir)/name}: is not there any more; run the windows stage first')
+        raise FileNotFoundError(f'{Path(clips_dir)/name}: is not there any more; run the segments stage first')
     return augment_clip(Path(clips_dir)/name, aug_dir, a)
 
 def run(cfg:DataConfig, device='cpu',
@@ -147,7 +147,7 @@ def run(cfg:DataConfig, device='cpu',
     p, a, copies, failed, made = cfg.data_paths, cfg.augmentation, {}, {}, 0.
     asked, out = bool(a and variants(a)), Path(p.aug_dir)
     clips = clips_to_copy(p) if asked else {}
-    if asked and not clips: raise ValueError(f'{p.clips_dir}: holds no clips; run the windows stage first')
+    if asked and not clips: raise ValueError(f'{p.clips_dir}: holds no clips; run the segments stage first')
     work = partial(_work, clips_dir=p.clips_dir, aug_dir=p.aug_dir, a=a)
     for clip,r in map_parallel(work, sorted(clips), n_jobs, 'augment' if progress and clips else None, clips.get):
         mine = copies_of(clip, clips[clip], a)

@@ -144,7 +144,7 @@ class BatchEncoder:
 def chosen_clips(
     cfg:DataConfig,
 )->dict: # name -> folder
-    "Clips and copies that there should be, from the manifests before; without a table of windows, those that there are."
+    "Clips and copies that there should be, from the manifests before; without a table of segments, those that there are."
     p, table = cfg.data_paths, Path(cfg.data_paths.metadata_path)
     def there(folder): return {f.parent.name for f in Path(folder).glob('*/clip.json')}
     clips, copies = there(p.clips_dir), there(p.aug_dir) if cfg.augmentation else set()
@@ -171,7 +171,7 @@ def run(
 )->dict: # done: clips, failed: {clip: reason}, n_in: clips, hours, made
     "Codes of every chosen clip, in `codes_dir`; what is there already stays."
     codes_dir, clips, which = Path(cfg.data_paths.codes_dir), chosen_clips(cfg), (cfg.codec, device, cfg.encodec.chunk_len_s)
-    if not clips: raise ValueError(f'{cfg.data_paths.clips_dir}: holds no clips; run the windows stage first')
+    if not clips: raise ValueError(f'{cfg.data_paths.clips_dir}: holds no clips; run the segments stage first')
     _codec.cache_clear()
     codec = _codec(*which)
     frames = {name: T for name in clips if (T := frames_done(codes_dir/f'{name}.safetensors', codec))}
