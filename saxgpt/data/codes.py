@@ -7,7 +7,6 @@ __all__ = ['KEPT', 'LazyAudio', 'open_clip', 'save_codes', 'tokenize', 'frames_d
            'chosen_clips', 'run']
 
 # %% ../../nbs/04_tokenization.ipynb #729323a9
-import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path

@@ -29,7 +29,7 @@ def rms_frames(
     total, carry, seen = np.zeros(len(edges)), 0., 0
     for b in blocks:
         sums = carry + np.cumsum(np.square(b, dtype=np.float64))
-        lo, hi = np.searchsorted(edges, [seen, seen+len(b)], 'right')     # edges in (seen, seen + len]
+        lo, hi = np.searchsorted(edges, [seen, seen+len(b)], 'right')  # edges in (seen, seen + len]
         total[lo:hi] = sums[edges[lo:hi]-seen-1]
         carry, seen = (sums[-1] if len(b) else carry), seen+len(b)
     energy = total[np.searchsorted(edges, starts+frame)] - total[np.searchsorted(edges, starts)]
@@ -94,7 +94,8 @@ def clip_id(
     made:str, # hash of the settings of the stems
 )->str:
     "Name of a clip, from everything that decides what is in it."
-    return f'{recording}-{1000*start//sr:08d}-{content_hash([recording, start, stop, sr, made])[:8]}'
+    hash = content_hash([recording, start, stop, sr, made])[:8]
+    return f'{recording}-{1000*start//sr:08d}-{hash}'
 
 def cut_clip(
     stems, # folder of a recording, with lead.wav and backing.wav
@@ -107,7 +108,8 @@ def cut_clip(
     if (out/'clip.json').is_file(): return False
     with atomic_dir(out) as d:
         for k in ('lead', 'backing'):
-            write_stream(d/f'{k}.wav', read_span(Path(stems)/f'{k}.wav', row['start'], row['stop']), sr)
+            span = read_span(Path(stems)/f'{k}.wav', row['start'], row['stop'])
+            write_stream(d/f'{k}.wav', span, sr)
         (d/'clip.json').write_text(json.dumps(dict(row, augmentation='', sample_rate=sr)))
     return True
 
@@ -123,14 +125,15 @@ def lead_rms(
     path = Path(stems)/'lead.wav'
     try:
         with sf.SoundFile(path) as f, sf.SoundFile(Path(stems)/'backing.wav') as other:
-            sr, n = f.samplerate, f.frames
-            if (other.samplerate, other.frames) != (sr, n): raise _again(
-                path, f'{n} samples at {sr} Hz, but {other.frames} at {other.samplerate} Hz in the backing')
+            sr, n, beside = f.samplerate, f.frames, f'{other.frames} at {other.samplerate} Hz'
+            if (other.samplerate, other.frames) != (sr, n):
+                raise _again(path, f'{n} samples at {sr} Hz, but {beside} in the backing')
             if 'duration_s' in info and abs(n/sr-info['duration_s']) > .01: raise _again(
                 path, f'{n/sr:.2f} s long, but it was made with {info["duration_s"]:.2f} s')
             blocks = f.blocks(10*sr, dtype='float32', always_2d=True)
             return rms_frames((b[:,0] for b in blocks), n, *frame_sizes(s, sr)), sr, n
-    except sf.LibsndfileError: raise _again(path, 'or the backing beside it cannot be read') from None
+    except sf.LibsndfileError:
+        raise _again(path, 'or the backing beside it cannot be read') from None
 
 # %% ../../nbs/02_segmentation.ipynb #b00c66f4
 def segments_of(
@@ -161,6 +164,10 @@ def _why(info, s, silent): # why a recording has no segment
     frame = 'rms_frame_length_seconds'
     return f'shorter than one frame of {getattr(s, frame):g} s (rms_window.{frame})'
 
+def _left_out(silent): # {title: segments} -> a note for people
+    titles = ', '.join(f'{k} ({n})' for k,n in silent.items())
+    return [f'segments left out, where lead or backing is silent: {titles}'] if silent else []
+
 def _write_table(path, rows):
     text = io.StringIO()
     table = csv.DictWriter(text, COLUMNS, lineterminator='\n')
@@ -173,24 +180,24 @@ def _write_table(path, rows):
 def run(
     cfg:DataConfig,
     device='cpu', # as every stage has it; unused
-    n_jobs=1, # processes
-    progress:bool=False, # show a bar
+    n_jobs=1, progress:bool=False, # processes; show a bar
 )->dict: # done: clips, failed and dropped: {title: reason}, n_in: recordings, hours, made, notes
     "Segments of all stems: the table at `metadata_path` and the clips in `clips_dir`."
     p, rows, failed, dropped, silent, made = cfg.data_paths, [], {}, {}, {}, 0.
-    infos = read_manifest(Path(p.stems_dir)/'manifest.jsonl', recording=is_name, title=str, settings=str)
-    if not infos:
-        raise SegmentError(f'{p.stems_dir}: no manifest.jsonl with stems; run the stems stage first')
+    manifest = Path(p.stems_dir)/'manifest.jsonl'
+    infos = read_manifest(manifest, recording=is_name, title=str, settings=str)
+    if not infos: raise SegmentError(
+        f'{p.stems_dir}: no manifest.jsonl with stems; run the stems stage first')
     work, seconds = partial(segments_of, cfg=cfg), lambda i: i.get('duration_s', 0)
     for i,r in map_parallel(work, infos, n_jobs, 'segments' if progress else None, seconds):
-        name = i['title'] if i['title'] not in failed | dropped else f'{i["title"]} ({i["recording"]})'
+        name = i['title']
+        if name in failed | dropped: name += f' ({i["recording"]})'
         if isinstance(r, Exception): failed[name] = reason(r)
         elif not r[0]: dropped[name] = _why(i, cfg.rms_window, r[2])
         else: rows, made, silent = rows+r[0], made+r[1], silent | ({name: r[2]} if r[2] else {})
     rows.sort(key=lambda r: (r['recording'], r['start']))
     _write_table(p.metadata_path, rows)
     prune(p.clips_dir, {r['clip'] for r in rows})
-    left = ', '.join(f'{k} ({n})' for k,n in silent.items())
     return dict(done=[r['clip'] for r in rows], failed=failed, dropped=dropped, n_in=len(infos),
                 hours=sum(r['duration_s'] for r in rows)/3600, made=made/3600,
-                notes=[f'segments left out, where lead or backing is silent: {left}'] if left else [])
+                notes=_left_out(silent))
