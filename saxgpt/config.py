@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OLD_KEYS', 'ConfigError', 'Section', 'field', 'DataPaths', 'Intermediates', 'DownloadConfig', 'DemucsConfig',
-           'WindowConfig', 'AugmentConfig', 'TokenizeConfig', 'SplitConfig', 'DatasetConfig', 'DataConfig', 'RunData',
+           'SegmentConfig', 'AugmentConfig', 'TokenizeConfig', 'SplitConfig', 'DatasetConfig', 'DataConfig', 'RunData',
            'ModelConfig', 'SchedulerConfig', 'OptimizerConfig', 'ScheduledSamplingConfig', 'ContextDropoutConfig',
            'TrainingConfig', 'RunConfig', 'type_name', 'rows', 'explain', 'current_keys', 'parse', 'configs_dir',
            'weights_dir', 'demo_backing', 'device_name', 'config_path', 'read_yaml', 'override', 'load_config',
@@ -58,8 +58,8 @@ class DataPaths(Section):
     "Where each stage puts its output."
     dl_dir: str = field(..., 'recordings as they came')
     stems_dir: str = field(..., 'lead and backing of each recording')
-    metadata_path: str = field(..., 'CSV table of the chosen windows')
-    clips_dir: str = field(..., 'the chosen windows, cut')
+    metadata_path: str = field(..., 'CSV table of the chosen segments')
+    clips_dir: str = field(..., 'the chosen segments, cut')
     aug_dir: str = field(..., 'their pitch- and tempo-shifted copies')
     codes_dir: str = field(..., 'codes of every clip')
     datasets_dir: str = field(..., 'train, val and test')
@@ -107,10 +107,10 @@ class DemucsConfig(Section):
     normalize_before: bool = field(True, 'set the loudness of the mix before separation')
     normalize_after: bool = field(True, 'set the loudness of the stems after it')
 
-class WindowConfig(Section):
+class SegmentConfig(Section):
     "Which parts of a recording hold a solo."
     rms_threshold: float = field(.05, 'least RMS of the lead, full scale 1', ge=0, le=1)
-    min_window_size_seconds: float = field(30., 'shortest window kept, s', gt=0)
+    min_segment_seconds: float = field(30., 'shortest segment kept, s', gt=0)
     rms_frame_length_seconds: float = field(10., 'length of an RMS frame, s', gt=0)
     rms_stride_seconds: float = field(.2, 'from frame to frame, s', gt=0)
 
@@ -157,7 +157,7 @@ class DataConfig(Section):
     data_paths: DataPaths = field(..., 'where stages put their output')
     intermediates: Intermediates = field(Intermediates(), 'what stays on the disk')
     demucs: DemucsConfig = field(DemucsConfig(), 'separation')
-    rms_window: WindowConfig = field(WindowConfig(), 'choice of windows')
+    rms_window: SegmentConfig = field(SegmentConfig(), 'choice of segments')
     augmentation: AugmentConfig|None = field(None, 'pitch and tempo copies; none when absent')
     codec: str = field('bundled', '`bundled`, `encodec` or the folder of a codec')
     encodec: TokenizeConfig = field(TokenizeConfig(), 'tokenisation')
@@ -324,7 +324,7 @@ def explain(
     return f"{key}: given {reprlib.repr(given)}; {limit}" + (f" ({type_name(f.annotation)}: {f.description})" if f else '')
 
 # %% ../nbs/10_config.ipynb #b1c0de22
-OLD_KEYS = {f'training.{old}': f'training.{new}' for old, new in {
+OLD_KEYS = {'rms_window.min_window_size_seconds': 'rms_window.min_segment_seconds'} | {f'training.{old}': f'training.{new}' for old, new in {
     'history.first': 'context_dropout.start_rate', 'history.last': 'context_dropout.end_rate', 'history.hold': 'context_dropout.hold_steps',
     'history.ramp': 'context_dropout.ramp_steps', 'history.stretches': 'context_dropout.span_rate', 'scheduled_sampling.share': 'scheduled_sampling.rate',
     'scheduled_sampling.start': 'scheduled_sampling.start_step', 'scheduled_sampling.ramp': 'scheduled_sampling.ramp_steps'}.items()}
@@ -334,15 +334,19 @@ def current_keys(
 )->tuple: # the same with present names; the old names that were met
     "Rename keys of older versions; what is given by an old name counts."
     values, met = copy.deepcopy(values), []
-    def section(of, k): return of.get(k) if isinstance(of, dict) else None
+    def section(path, make=False): # None where there is something else, or nothing
+        here = values
+        for k in path:
+            if not isinstance(here, dict): return None
+            here = here.setdefault(k, {}) if make else here.get(k)
+        return here if isinstance(here, dict) else None
     for old, new in OLD_KEYS.items():
-        (top, part, key), (_, to, name) = old.split('.'), new.split('.')
-        inside = section(section(values, top), part)
-        if not isinstance(inside, dict) or key not in inside: continue
-        if not isinstance(here := values[top].setdefault(to, {}), dict): continue          # an error that `parse` finds
+        (*path, key), (*to, name) = old.split('.'), new.split('.')
+        if (inside := section(path)) is None or key not in inside: continue
+        if (here := section(to, make=True)) is None: continue          # an error that `parse` finds
         here[name] = inside.pop(key)
         met.append(old)
-        if not inside: del values[top][part]
+        if not inside: del section(path[:-1])[path[-1]]
     return values, met
 
 # %% ../nbs/10_config.ipynb #7ed14f3f

@@ -25,7 +25,8 @@ from .music.drums import drum
 from .music.feels import FEELS, LEVELS, comp, stab, tracks_of, walk
 from .music.recording import gated_level, record
 from .music.soloist import SAXOPHONES, STYLES, articulate, melody, phrases
-from .music.synth import Note, find_fonts, load_font, render_lead, render_part
+from .music.soundfont import find_fonts, load_font
+from .music.synth import Note, render_lead, render_part
 from .music.theory import FORMS, NAMES, draw_changes, draw_harmony, lay_out
 from .music.world import Pool, draw_world, make_pool
 from .words import notify

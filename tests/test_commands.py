@@ -27,7 +27,7 @@ from saxgpt.pretrained import give_away, load_model
 
 cold = dict(os.environ, OMP_NUM_THREADS='1')            # each command at least once
 env = cold | warm('saxgpt.generate', 'saxgpt.pipeline', 'saxgpt.train', 'librosa', 'matplotlib.pyplot', 'scipy.signal', 'torch._dynamo',
-                  *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'windows', 'codes', 'splits')), family=True)
+                  *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'segments', 'codes', 'splits')), family=True)
 
 
 def run(*args, ok=True, env=env, **kw):
@@ -177,7 +177,7 @@ def dataset(tmp_path_factory):
     seed = next(s for s in count() if {split_of(i, s, .3, .3) for i in ids} == set(SPLITS))
     paths = [f'data_paths.{k}={d/v}' for k, v in dict(dl_dir='1', stems_dir='2', metadata_path='3.csv', clips_dir='4', aug_dir='5', codes_dir='6',
                                                       datasets_dir='7').items()]
-    settings = [f'source={d/"corpus"}', *paths, 'rms_window.min_window_size_seconds=12', 'dataset.seq_len=300', 'dataset.stride=150',
+    settings = [f'source={d/"corpus"}', *paths, 'rms_window.min_segment_seconds=12', 'dataset.seq_len=300', 'dataset.stride=150',
                 'train_test_split.val=0.3', 'train_test_split.test=0.3', f'train_test_split.seed={seed}']
     first = run('saxgpt.pipeline', '--config', 'demo', *settings, env=cold)
     hashes = {p.name: p.read_bytes() for p in (d/'7').glob('*.safetensors')}

@@ -31,7 +31,7 @@ from saxgpt.files import read_jsonl
 from saxgpt.pipeline import STAGES, run_pipeline
 
 cold = dict(os.environ, OMP_NUM_THREADS='1')
-env = cold | warm('saxgpt.pipeline', *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'windows', 'augment', 'codes', 'splits')), 'av', 'demucs.api',
+env = cold | warm('saxgpt.pipeline', *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'segments', 'augment', 'codes', 'splits')), 'av', 'demucs.api',
                   'librosa', 'scipy.signal', 'torch._dynamo', family=True)
 torch.set_num_threads(1)
 PATHS = dict(dl_dir='1_download', stems_dir='2_stems', metadata_path='3_metadata.csv', clips_dir='4_clips', aug_dir='5_aug_clips', codes_dir='6_codes',
@@ -43,10 +43,10 @@ SPLITS = 'train', 'val', 'test'
 # commands, and what they leave
 
 def config(d, source, repo=None, **sections):
-    "A configuration file: from `source` to datasets in `d`, over short windows."
+    "A configuration file: from `source` to datasets in `d`, over short segments."
     values = dict(source=source and str(source), data_paths={k: str(d/v) for k, v in PATHS.items()},
                   demucs=dict(n_splits=1, n_shifts=1, lead='other') | (dict(repo=str(repo), model=tiny_demucs(repo)) if repo else {}),
-                  rms_window=dict(rms_threshold=.002, min_window_size_seconds=3., rms_frame_length_seconds=1., rms_stride_seconds=.2),
+                  rms_window=dict(rms_threshold=.002, min_segment_seconds=3., rms_frame_length_seconds=1., rms_stride_seconds=.2),
                   augmentation=dict(semitone_steps=[2], tempo_ratios=[.9], n_fft=1024, hop_length=256),
                   train_test_split=dict(seed=1, test=.3, val=.3), dataset=dict(seq_len=100, stride=50))
     for k, v in sections.items(): values[k] = values.get(k, {}) | v if isinstance(v, dict) else v
@@ -400,11 +400,11 @@ def test_unwritable_folder_is_one_line(finished, tmp_path):
 
 CHANGES = {                                       # what is set -> stages that work; 'mixes' and 'copies' restrict what they touch
     'demucs.n_jobs=2': '', 'encodec.chunk_len_s=3': '', 'intermediates.keep_dl=true': '',
-    'demucs.n_shifts=0': 'stems windows augment codes dataset', 'demucs.n_splits=2': 'stems windows augment codes dataset',
-    'demucs.lead=vocals': 'stems windows augment codes dataset', 'demucs.normalize_before=false': 'stems windows augment codes dataset',
-    'demucs.normalize_after=false': 'stems windows augment codes dataset',
-    'rms_window.rms_threshold=0.04': 'windows augment codes dataset', 'rms_window.min_window_size_seconds=7.5': 'windows augment dataset',
-    'rms_window.rms_frame_length_seconds=2': 'windows augment codes dataset', 'rms_window.rms_stride_seconds=0.5': 'windows augment codes dataset',
+    'demucs.n_shifts=0': 'stems segments augment codes dataset', 'demucs.n_splits=2': 'stems segments augment codes dataset',
+    'demucs.lead=vocals': 'stems segments augment codes dataset', 'demucs.normalize_before=false': 'stems segments augment codes dataset',
+    'demucs.normalize_after=false': 'stems segments augment codes dataset',
+    'rms_window.rms_threshold=0.04': 'segments augment codes dataset', 'rms_window.min_segment_seconds=7.5': 'segments augment dataset',
+    'rms_window.rms_frame_length_seconds=2': 'segments augment codes dataset', 'rms_window.rms_stride_seconds=0.5': 'segments augment codes dataset',
     'augmentation.n_fft=2048': 'augment codes dataset', 'augmentation.hop_length=128': 'augment codes dataset',
     'augmentation.semitone_steps=[-1]': 'augment codes dataset', 'augmentation.tempo_ratios=[1.1]': 'augment codes dataset',
     'train_test_split.seed=9': 'dataset', 'train_test_split.val=0.1': 'dataset', 'dataset.stride=25': 'dataset', 'dataset.seq_len=80': 'dataset',
@@ -431,7 +431,7 @@ def test_setting_reruns_what_depends_on_it(finished, tmp_path, setting):
     assert ' '.join(touched) == CHANGES[setting], {s: sorted(n)[:3] for s, n in touched.items()}
     mixes = finished[2]
     if setting.startswith('demucs.') and touched and 'normalize' not in setting:          # what came with stems has nothing to do with Demucs
-        for s in 'stems', 'windows', 'augment', 'codes': assert {n.split('-')[0] for n in touched[s]} <= mixes, (s, touched[s])
+        for s in 'stems', 'segments', 'augment', 'codes': assert {n.split('-')[0] for n in touched[s]} <= mixes, (s, touched[s])
     if setting.startswith('augmentation.'): assert all('+' in n for s in ('augment', 'codes') for n in touched[s])
 
 
@@ -529,7 +529,7 @@ def test_first_configuration_works_as_it_is(music, tmp_path):
     (tmp_path/'seed.yaml').write_text(SEED)
     load_config(DataConfig, tmp_path/'seed.yaml')
     name, d = tiny_demucs(tmp_path/'repo'), tmp_path/'data/your_dataset'
-    own = ['url=null', 'source=source', 'demucs.repo=repo', f'demucs.model={name}', 'rms_window.min_window_size_seconds=4',
+    own = ['url=null', 'source=source', 'demucs.repo=repo', f'demucs.model={name}', 'rms_window.min_segment_seconds=4',
            'rms_window.rms_frame_length_seconds=1', 'rms_window.rms_threshold=0.001', *(f'intermediates.{k}=false' for k in (
                'keep_dl', 'keep_stems', 'keep_clips', 'keep_aug_clips', 'keep_codes'))]
     pipeline('seed.yaml', *own[:-5], cwd=tmp_path)

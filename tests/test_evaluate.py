@@ -33,7 +33,7 @@ from saxgpt.pretrained import give_away, load_model
 # What cannot be reached is not waited for: a proxy that refuses is as good as no network.
 offline = {k: 'http://127.0.0.1:9' for k in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')} | dict(no_proxy='', NO_PROXY='')
 cold = dict(os.environ, OMP_NUM_THREADS='1')
-env = cold | warm('saxgpt.evaluate', 'saxgpt.sweep', 'saxgpt.pipeline', *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'windows', 'codes', 'splits')),
+env = cold | warm('saxgpt.evaluate', 'saxgpt.sweep', 'saxgpt.pipeline', *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'segments', 'codes', 'splits')),
                   'librosa', 'matplotlib.pyplot', 'scipy.signal', 'torch._dynamo')
 required = bool(os.environ.get('SAXGPT_TEST_ALL'))      # set in CI: nothing may be skipped there
 title = '<img src=x onerror="document.title=1"> & Söhne'
@@ -60,7 +60,7 @@ def data(tmp_path_factory):
                                           codes_dir='codes',
                                           datasets_dir='sets').items()}
     c = to_dict(load_config(DataConfig, 'demo')) | dict(source=str(d/'corpus'), data_paths=paths)
-    c['rms_window']['min_window_size_seconds'] = 12.
+    c['rms_window']['min_segment_seconds'] = 12.
     c['dataset'] |= dict(seq_len=200, stride=100)
     c['train_test_split'] = dict(val=.3, test=.5, seed=seed)
     (d/'data.yaml').write_text(yaml.safe_dump(c))

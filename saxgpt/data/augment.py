@@ -13,23 +13,30 @@ from pathlib import Path
 import librosa, numpy as np, soundfile as sf
 from ..audio import TempAudio, in_blocks, probe, resampled, write_stream
 from ..config import AugmentConfig, DataConfig
-from ..files import atomic_dir, content_hash, map_parallel, prune, read_json, read_table, reason, write_jsonl
+from ..files import (atomic_dir, content_hash, map_parallel, prune, read_json, read_table,
+                          reason, write_jsonl)
 
 # %% ../../nbs/03_augmentation.ipynb #f3c0acc6
-def spectra(read, # (start, stop) -> float32 (C, stop-start)
-            n:int, # samples in all
-            size:int, hop:int, # of the STFT, samples
-            first:int, stop:int)->np.ndarray: # complex64 (C, F, stop-first)
-    "Columns `first` to `stop` of a centred STFT; silence lies around the sound"
+def spectra(
+    read, # (start, stop) -> float32 (C, stop-start), from an array or a file
+    n:int, # samples in all
+    size:int, hop:int, # of the STFT, samples
+    first:int, stop:int, # columns
+)->np.ndarray: # complex64 (C, F, stop-first)
+    "Columns `first` to `stop` of a centred STFT; silence lies around the sound."
     a, b = first*hop-size//2, (stop-1)*hop-size//2+size
     x = np.pad(read(max(a, 0), min(b, n)), ((0,0), (max(0, -a), max(0, b-n))))
     return librosa.stft(x, n_fft=size, hop_length=hop, center=False)
 
-def vocode(read, n:int, # as above
-           speed:float, # above 1 is faster
-           size:int, hop:int, frames:int=256): # spectra at a time; yields complex64 (C, F, up to `frames`)
-    "Spectra at another pace, phases going on smoothly: the phase vocoder of `librosa`, in pieces"
-    last, turn = 1+n//hop, None
+# %% ../../nbs/03_augmentation.ipynb #b1a22e4a
+def vocode(
+    read, n:int, # as above
+    speed:float, # above 1 is faster
+    size:int, hop:int, # of the STFT, samples
+    frames:int=256, # spectra at a time
+): # yields complex64 (C, F, up to `frames`)
+    "Spectra at another pace: the phase vocoder of `librosa`, in pieces."
+    last, phase = 1+n//hop, None
     steps = np.arange(0, last, speed)
     for piece in np.split(steps, range(frames, len(steps), frames)):
         first, stop = int(piece[0]), int(piece[-1])+2
@@ -37,25 +44,29 @@ def vocode(read, n:int, # as above
         D = np.pad(D, ((0,0), (0,0), (0, stop-first-D.shape[-1])))
         size_of = np.abs(D)
         unit = np.where(size_of > 0, D/np.maximum(size_of, 1e-30), 1).astype(D.dtype)
-        if turn is None: turn = unit[...,0]
+        if phase is None: phase = unit[...,0]
         out = np.empty((*D.shape[:-1], len(piece)), D.dtype, order='F')
         for t,step in enumerate(piece):
             j, between = int(step)-first, np.float32(step%1)
-            out[...,t] = ((1-between)*size_of[...,j] + between*size_of[...,j+1])*turn
-            turn = turn*unit[...,j+1]*unit[...,j].conj()
-            turn /= np.abs(turn)
+            out[...,t] = ((1-between)*size_of[...,j] + between*size_of[...,j+1])*phase
+            phase = phase*unit[...,j+1]*unit[...,j].conj()
+            phase /= np.abs(phase)
         yield out
 
 # %% ../../nbs/03_augmentation.ipynb #481487d8
-def inverse_stft(pieces, # of spectra (C, F, T)
-                size:int, hop:int): # of the STFT; yields float32 (C, n)
-    "Sound from pieces of a centred STFT"
-    window, left, skip = librosa.filters.get_window('hann', size).astype(np.float32)[:,None], None, size//2
+def inverse_stft(
+    pieces, # of spectra (C, F, T)
+    size:int, hop:int, # of the STFT, samples
+): # yields float32 (C, n)
+    "Sound from pieces of a centred STFT."
+    window, left, skip = librosa.filters.get_window('hann', size).astype(np.float32), None, size//2
     for S in pieces:
-        x, n = np.fft.irfft(S, size, axis=1).astype(np.float32)*window, S.shape[-1]*hop
-        y = np.zeros((2, len(x), n+size-hop), np.float32)                    # the sum, and that of the windows
+        x, n = np.fft.irfft(S, size, axis=1).astype(np.float32)*window[:,None], S.shape[-1]*hop
+        y = np.zeros((2, len(x), n+size-hop), np.float32)       # the sum, and that of the windows
         if left is not None: y[...,:size-hop] = left
-        for t in range(S.shape[-1]): y[:,:,t*hop:t*hop+size] += np.stack([x[...,t], np.broadcast_to(window[:,0]**2, x.shape[:-1])])
+        for t in range(S.shape[-1]):
+            y[0,:,t*hop:t*hop+size] += x[...,t]
+            y[1,:,t*hop:t*hop+size] += window**2
         left = y[...,n:]
         yield (y[0,:,:n]/np.maximum(y[1,:,:n], 1e-8))[:,skip:]
         skip = max(0, skip-n)
@@ -63,96 +74,127 @@ def inverse_stft(pieces, # of spectra (C, F, T)
 
 # %% ../../nbs/03_augmentation.ipynb #3d2751dc
 def variants(a:AugmentConfig)->dict: # name -> (semitones, speed)
-    "The copies that a configuration asks for; no change is no copy"
+    "The copies that a configuration asks for; no change is no copy."
     out = {f'pitch{s:g}': (s, 1.) for s in a.semitone_steps if s}
     return out | {f'tempo{r:g}': (0., r) for r in a.tempo_ratios if r != 1}
 
-def shifted(read, n:int, channels:int, # (start, stop) -> float32 (C, stop-start); samples in all; C
-            sr:int, semitones:float, speed:float, a:AugmentConfig): # yields float32 (C, m), round(n/speed) samples in all
-    "A sound at another pitch or another speed, block by block"
-    factor, left = 2**(-semitones/12), round(n/speed)
-    blocks = inverse_stft(vocode(read, n, speed*factor, a.n_fft, a.hop_length), a.n_fft, a.hop_length)
-    if semitones: blocks = resampled(blocks, sr/factor, sr, 'HQ')      # the quality of `librosa.resample`
+def shifted(
+    read, n:int, # as above
+    channels:int, sr:int, # C, Hz
+    semitones:float, speed:float,
+    a:AugmentConfig,
+): # yields float32 (C, m), round(n/speed) samples in all
+    "A sound at another pitch or another speed, block by block."
+    factor, left, stft = 2**(-semitones/12), round(n/speed), (a.n_fft, a.hop_length)
+    blocks = inverse_stft(vocode(read, n, speed*factor, *stft), *stft)
+    if semitones: blocks = resampled(blocks, sr/factor, sr, 'HQ')      # as `librosa.resample`
     for x in blocks:
         if left and x.shape[1]: yield x[:,:left]
         left = max(0, left-x.shape[1])
     if left: yield np.zeros((channels, left), np.float32)
 
-def shift(x, # (C, N)
-          sr:int, semitones:float, speed:float, a:AugmentConfig)->np.ndarray: # (C, N/speed)
-    "`shifted` of an array"
-    return np.concatenate(list(shifted(lambda i,j: x[:,i:j], x.shape[1], len(x), sr, semitones, speed, a)), 1)
+def shift(x, sr:int, semitones:float, speed:float, a:AugmentConfig)->np.ndarray:
+    "`shifted` of an array (C, N)."
+    def read(i, j): return x[:,i:j]
+    return np.concatenate(list(shifted(read, x.shape[1], len(x), sr, semitones, speed, a)), 1)
 
 # %% ../../nbs/03_augmentation.ipynb #2684dd88
 def copy_id(clip:str, variant:str, a:AugmentConfig)->str:
-    "Name of a copy: the clip, the change, and a hash of how it was made"
+    "Name of a copy: the clip, the change, and a hash of how it was made."
     return f'{clip}+{variant}-{content_hash([a.n_fft, a.hop_length, "in pieces"])[:4]}'
 
-def copies_of(clip:str, seconds:float, # of the clip
-              a:AugmentConfig)->dict: # name -> seconds
-    "The copies that a clip has when all is done"
+def copies_of(clip:str, seconds:float, a:AugmentConfig)->dict: # name -> seconds
+    "The copies that a clip has when all is done."
     return {copy_id(clip, v, a): seconds/speed for v,(_,speed) in variants(a).items()}
 
-def _again(clip, why): return ValueError(f'{clip}: {why}; remove the folder and run the windows stage again')
+def _again(clip, why):
+    return ValueError(f'{clip}: {why}; remove the folder and run the segments stage again')
 
 def check_clip(clip)->tuple: # contents of clip.json, {track: probe}
-    "A clip's description, once both its tracks are seen to be whole"
-    try: info, tracks = read_json(clip/'clip.json'), {k: probe(clip/f'{k}.wav') for k in ('lead', 'backing')}
+    "A clip's description, after a check that both its tracks are whole."
+    try:
+        info = read_json(clip/'clip.json')
+        tracks = {k: probe(clip/f'{k}.wav') for k in ('lead', 'backing')}
     except ValueError as e: raise _again(clip, f'damaged ({str(e).partition(";")[0]})') from None
-    if len({(t['seconds'], t['sr']) for t in tracks.values()}) > 1: raise _again(clip, 'lead and backing differ in length or rate')
+    if len({(t['seconds'], t['sr']) for t in tracks.values()}) > 1:
+        raise _again(clip, 'lead and backing differ in length or rate')
     return info, tracks
 
 # %% ../../nbs/03_augmentation.ipynb #66deb4f0
-def make_copy(clip, info:dict, tracks:dict, # folder, and as from `check_clip`
-              out, # folder to make
-              semitones:float, speed:float, a:AugmentConfig, **told): # more for clip.json
-    "Write one copy, in bounded memory"
+def make_copy(
+    clip, info:dict, tracks:dict, # folder, and as from `check_clip`
+    out, # folder to make
+    change:tuple, # semitones, speed
+    a:AugmentConfig,
+    **more, # for clip.json
+):
+    "Write one copy, in bounded memory."
     with atomic_dir(out) as d, TempAudio(d) as lead, TempAudio(d) as backing:
-        top, waiting = 1., dict(lead=lead, backing=backing)
+        peak, waiting = 1., dict(lead=lead, backing=backing)
         for k,spool in waiting.items():
             with sf.SoundFile(clip/f'{k}.wav') as f:
                 def read(i, j): f.seek(i); return f.read(j-i, dtype='float32', always_2d=True).T
-                for x in shifted(read, f.frames, f.channels, f.samplerate, semitones, speed, a):
-                    top = max(top, float(np.abs(x).max()))
+                for x in shifted(read, f.frames, f.channels, f.samplerate, *change, a):
+                    peak = max(peak, float(np.abs(x).max()))
                     spool.add(x)
-        for k,spool in waiting.items(): write_stream(d/f'{k}.wav', (x/np.float32(top) for x in in_blocks(spool)), tracks[k]['sr'])
-        (d/'clip.json').write_text(json.dumps(dict(info, clip=Path(out).name, duration_s=round(info['duration_s']/speed, 4), **told)))
+        for k,spool in waiting.items():
+            blocks = (x/np.float32(peak) for x in in_blocks(spool))
+            write_stream(d/f'{k}.wav', blocks, tracks[k]['sr'])
+        info = dict(info, clip=Path(out).name, duration_s=round(info['duration_s']/change[1], 4))
+        (d/'clip.json').write_text(json.dumps(info | more))
 
-def augment_clip(clip, # folder of a clip
-                 aug_dir, a:AugmentConfig)->int: # how many copies had to be made
-    "Make all copies of one clip; existing ones stay"
-    clip = Path(clip)
-    todo = {copy_id(clip.name, v, a): v for v in variants(a)}
-    todo = {name: v for name,v in todo.items() if not (Path(aug_dir)/name/'clip.json').is_file()}
+# %% ../../nbs/03_augmentation.ipynb #0b2028c3
+def augment_clip(
+    clip, # folder of a clip
+    aug_dir, # where the folders of its copies go
+    a:AugmentConfig,
+)->int: # how many copies had to be made
+    "Make all copies of one clip."
+    clip, todo = Path(clip), {}
+    for v,change in variants(a).items():
+        out = Path(aug_dir)/copy_id(clip.name, v, a)
+        if not (out/'clip.json').is_file(): todo[out] = v, change
     if not todo: return 0
     info, tracks = check_clip(clip)
-    for name,v in todo.items(): make_copy(clip, info, tracks, Path(aug_dir)/name, *variants(a)[v], a, augmentation=v)
+    for out,(v,change) in todo.items():
+        make_copy(clip, info, tracks, out, change, a, augmentation=v)
     return len(todo)
 
 # %% ../../nbs/03_augmentation.ipynb #7c0e3379
 def clips_to_copy(p)->dict: # name -> seconds; `p` is `cfg.data_paths`
-    "Clips of the table of windows; without a table, those in `clips_dir`"
+    "Clips of the table of segments; without a table, those in `clips_dir`."
     if Path(p.metadata_path).is_file():
         return {r['clip']: float(r['duration_s']) for r in read_table(p.metadata_path, 'clip')}
-    return {f.parent.name: sf.info(f).duration for f in sorted(Path(p.clips_dir).glob('*/lead.wav')) if (f.parent/'clip.json').is_file()}
+    clips = [f.parent for f in sorted(Path(p.clips_dir).glob('*/lead.wav'))]
+    return {d.name: sf.info(d/'lead.wav').duration for d in clips if (d/'clip.json').is_file()}
 
 def _work(name, clips_dir, aug_dir, a):
-    if not (Path(clips_dir)/name).is_dir() and any(not (Path(aug_dir)/c/'clip.json').is_file() for c in copies_of(name, 1., a)):
-        raise FileNotFoundError(f'{Path(clips_dir)/name}: is not there any more; run the windows stage first')
-    return augment_clip(Path(clips_dir)/name, aug_dir, a)
+    clip, copies = Path(clips_dir)/name, copies_of(name, 1., a)
+    if not clip.is_dir() and not all((Path(aug_dir)/c/'clip.json').is_file() for c in copies):
+        raise FileNotFoundError(f'{clip}: is not there any more; run the segments stage first')
+    return augment_clip(clip, aug_dir, a)
 
-def run(cfg:DataConfig, device='cpu',
-        n_jobs=1, progress:bool=False)->dict: # done: copies, failed: {clip: reason}, n_in: clips, hours, made
-    "Copies of every clip in `clips_dir`, in `aug_dir`; none when the configuration has no `augmentation`"
+# %% ../../nbs/03_augmentation.ipynb #732ee3a6
+def run(
+    cfg:DataConfig,
+    device='cpu', # as every stage has it; unused
+    n_jobs=1, # processes
+    progress:bool=False, # show a bar
+)->dict: # done: copies, failed: {clip: reason}, n_in: clips, hours, made
+    "Copies of every clip in `clips_dir`, in `aug_dir`; none without `augmentation` in the config."
     p, a, copies, failed, made = cfg.data_paths, cfg.augmentation, {}, {}, 0.
     asked, out = bool(a and variants(a)), Path(p.aug_dir)
     clips = clips_to_copy(p) if asked else {}
-    if asked and not clips: raise ValueError(f'{p.clips_dir}: holds no clips; run the windows stage first')
+    if asked and not clips:
+        raise ValueError(f'{p.clips_dir}: holds no clips; run the segments stage first')
     work = partial(_work, clips_dir=p.clips_dir, aug_dir=p.aug_dir, a=a)
-    for clip,r in map_parallel(work, sorted(clips), n_jobs, 'augment' if progress and clips else None, clips.get):
+    desc = 'augment' if progress and clips else None
+    for clip,r in map_parallel(work, sorted(clips), n_jobs, desc, clips.get):
         mine = copies_of(clip, clips[clip], a)
         if isinstance(r, Exception): failed[clip] = reason(r)
         else: copies, made = copies|mine, made+sum(mine.values())*bool(r)
     prune(out, set(copies))
-    if copies or out.is_dir(): write_jsonl(out/'manifest.jsonl', [dict(clip=c) for c in sorted(copies)])
-    return dict(done=sorted(copies), failed=failed, n_in=len(clips), hours=sum(copies.values())/3600, made=made/3600, skipped=not asked)
+    if copies or out.is_dir():
+        write_jsonl(out/'manifest.jsonl', [dict(clip=c) for c in sorted(copies)])
+    return dict(done=sorted(copies), failed=failed, n_in=len(clips),
+                hours=sum(copies.values())/3600, made=made/3600, skipped=not asked)

@@ -7,18 +7,17 @@ __all__ = ['KEPT', 'LazyAudio', 'open_clip', 'save_codes', 'tokenize', 'frames_d
            'chosen_clips', 'run']
 
 # %% ../../nbs/04_tokenization.ipynb #729323a9
-import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-
 import soundfile as sf, torch
-
+from fastcore.basics import patch
 from ..audio import SILENT, load_mono, probe
 from ..codec import load_codec
 from ..codecs.base import Codec
 from ..config import DataConfig
-from ..files import is_name, map_parallel, read_json, read_manifest, read_table, read_tensors, reason, try_call, write_jsonl, write_tensors
+from ..files import (is_name, map_parallel, read_json, read_manifest, read_table, read_tensors,
+                          reason, try_call, write_jsonl, write_tensors)
 
 # %% ../../nbs/04_tokenization.ipynb #270b2ae6
 class LazyAudio:
@@ -26,9 +25,9 @@ class LazyAudio:
     def __init__(self,
         path, # a sound file; raises `AudioError` unless it is whole
     ):
-        told, self.file, self.all = probe(path), None, None
-        self.path, self.peak = path, told['peak']
-        if (told['sr'], told['channels']) == (32_000, 1) and told['peak'] <= 1:
+        about, self.file, self.all = probe(path), None, None
+        self.path, self.peak = path, about['peak']
+        if (about['sr'], about['channels']) == (32_000, 1) and about['peak'] <= 1:
             try: self.file = sf.SoundFile(path)
             except sf.LibsndfileError: pass
         if self.file is None: self.all = torch.as_tensor(load_mono(path)[0])
@@ -43,20 +42,26 @@ class LazyAudio:
     def close(self): self.file and self.file.close()
 
 # %% ../../nbs/04_tokenization.ipynb #db28f139
-KEPT = ('clip', 'recording', 'augmentation', 'start_s', 'stop_s') # keys of clip.json that stay with the codes
-
 def open_clip(
     clip:Path, # folder with lead.wav, backing.wav and clip.json
 )->tuple: # contents of clip.json, [lead, backing] as `LazyAudio`s
     "A clip that can be encoded; raises ValueError, or FileNotFoundError."
-    if not (clip/'clip.json').is_file(): raise FileNotFoundError(f'{clip}: is not there any more, nor are its codes; run the whole pipeline')
-    try: info, tracks = read_json(clip/'clip.json'), [LazyAudio(clip/f'{k}.wav') for k in ('lead', 'backing')]
+    if not (clip/'clip.json').is_file(): raise FileNotFoundError(
+        f'{clip}: is not there any more, nor are its codes; run the whole pipeline')
+    try:
+        info = read_json(clip/'clip.json')
+        tracks = [LazyAudio(clip/f'{k}.wav') for k in ('lead', 'backing')]
     except ValueError as e:
         why = str(e).partition(';')[0].replace(f'{clip}/', '')
-        raise ValueError(f'{clip}: damaged ({why}); remove the folder and run the pipeline again') from None
+        raise ValueError(f'{clip}: damaged ({why}); '
+                         'remove the folder and run the pipeline again') from None
     for k, t in zip(('lead', 'backing'), tracks):
-        if t.peak < SILENT: raise ValueError(f'{clip}: its {k} is silent, which teaches nothing; remove the folder')
+        if t.peak < SILENT:
+            raise ValueError(f'{clip}: its {k} is silent, which teaches nothing; remove the folder')
     return info, tracks
+
+# %% ../../nbs/04_tokenization.ipynb #1da3eaa9
+KEPT = 'clip', 'recording', 'augmentation', 'start_s', 'stop_s' # keys of clip.json that stay
 
 def save_codes(
     path, # CLIP.safetensors
@@ -65,9 +70,9 @@ def save_codes(
     codec:Codec,
 )->int: # T, frames
     "Write the codes of one clip."
-    T = min(lead.shape[1], backing.shape[1])
-    told = {k: str(info.get(k, '')) for k in KEPT} | codec.fingerprint()
-    write_tensors(path, {k: c[:, :T].cpu().to(torch.int16).contiguous() for k, c in dict(lead=lead, backing=backing).items()}, told)
+    T, about = min(lead.shape[1], backing.shape[1]), {k: str(info.get(k, '')) for k in KEPT}
+    codes = {k: c[:, :T].cpu().to(torch.int16) for k, c in dict(lead=lead, backing=backing).items()}
+    write_tensors(path, {k: c.contiguous() for k, c in codes.items()}, about | codec.fingerprint())
     return T
 
 def tokenize(
@@ -76,8 +81,8 @@ def tokenize(
     codec:Codec,
 )->int: # T, frames
     "Read, encode and write one clip."
-    info, tracks = open_clip(Path(clip))
-    try: return save_codes(Path(codes_dir)/f'{Path(clip).name}.safetensors', info, *codec.encode_pairs([tracks])[0], codec)
+    (info, tracks), path = open_clip(Path(clip)), Path(codes_dir)/f'{Path(clip).name}.safetensors'
+    try: return save_codes(path, info, *codec.encode_pairs([tracks])[0], codec)
     finally:
         for t in tracks: t.close()
 
@@ -87,11 +92,13 @@ def frames_done(
     codec:Codec, # in use
 )->int: # T, or 0 if the clip has to be encoded
     "How many frames of this codec the file holds."
-    try: codes, told = read_tensors(path)
+    try: codes, about = read_tensors(path)
     except (OSError, ValueError): return 0
-    same = all(told.get(k) == v for k, v in codec.fingerprint().items()) and {'lead', 'backing'} <= set(codes)
-    fine = same and all(c.ndim == 2 and c.numel() and 0 <= c.min() and c.max() < codec.cardinality for c in codes.values())
-    return codes['lead'].shape[1] if fine and codes['lead'].shape == codes['backing'].shape else 0
+    def fine(c): return c.ndim == 2 and c.numel() and 0 <= c.min() and c.max() < codec.cardinality
+    same = all(about.get(k) == v for k, v in codec.fingerprint().items())
+    if not same or not {'lead', 'backing'} <= set(codes): return 0
+    good = codes['lead'].shape == codes['backing'].shape and all(map(fine, codes.values()))
+    return codes['lead'].shape[1] if good else 0
 
 # %% ../../nbs/04_tokenization.ipynb #87d7a831
 def bucket_by_length(
@@ -102,11 +109,13 @@ def bucket_by_length(
     "Clips of similar length together."
     out, total = [], 0.
     for clip in sorted(seconds, key=lambda c: (seconds[c], str(c))):
-        if not out or len(out[-1]) == most or total + seconds[clip] > limit: out, total = out + [[]], 0.
+        if not out or len(out[-1]) == most or total + seconds[clip] > limit:
+            out, total = out + [[]], 0.
         out[-1].append(clip)
         total += seconds[clip]
     return out
 
+# %% ../../nbs/04_tokenization.ipynb #23307db1
 class BatchEncoder:
     "Groups of clips through one codec, for `map_parallel`."
     def __init__(self,
@@ -131,57 +140,67 @@ class BatchEncoder:
 
     def open(self, group): return {clip: try_call(open_clip, clip) for clip in group}
 
-    def encode(self, opened, fn): # yields (clip, result or exception)
-        good = {clip: o for clip, o in opened.items() if not isinstance(o, Exception)}
-        yield from ((clip, o) for clip, o in opened.items() if clip not in good)
-        codes = try_call(self.codec.encode_pairs, [tracks for _, tracks in good.values()], self.pieces)
-        for i, (clip, (info, tracks)) in enumerate(good.items()):
-            path = self.codes_dir/f'{clip.name}.safetensors'
-            yield clip, try_call(fn, clip) if isinstance(codes, Exception) else try_call(save_codes, path, info, *codes[i], self.codec)
-            for t in tracks: t.close()
+# %% ../../nbs/04_tokenization.ipynb #9cff435e
+@patch
+def encode(self:BatchEncoder, opened, fn): # yields (clip, result or exception)
+    good = {clip: o for clip, o in opened.items() if not isinstance(o, Exception)}
+    yield from ((clip, o) for clip, o in opened.items() if clip not in good)
+    pairs = [tracks for _, tracks in good.values()]
+    codes = try_call(self.codec.encode_pairs, pairs, self.pieces)
+    for i, (clip, (info, tracks)) in enumerate(good.items()):
+        path = self.codes_dir/f'{clip.name}.safetensors'
+        if isinstance(codes, Exception): yield clip, try_call(fn, clip)
+        else: yield clip, try_call(save_codes, path, info, *codes[i], self.codec)
+        for t in tracks: t.close()
 
 # %% ../../nbs/04_tokenization.ipynb #50c65c1f
 def chosen_clips(
     cfg:DataConfig,
 )->dict: # name -> folder
-    "Clips and copies that there should be, from the manifests before; without a table of windows, those that there are."
+    "Clips and copies that there should be; without a table of segments, those that there are."
     p, table = cfg.data_paths, Path(cfg.data_paths.metadata_path)
     def there(folder): return {f.parent.name for f in Path(folder).glob('*/clip.json')}
     clips, copies = there(p.clips_dir), there(p.aug_dir) if cfg.augmentation else set()
     if table.is_file():
         clips = {r['clip'] for r in read_table(table, 'clip')}
-        told = Path(p.aug_dir)/'manifest.jsonl'
-        if cfg.augmentation and told.is_file(): copies = {e['clip'] for e in read_manifest(told, clip=is_name)}
-    return {c: Path(folder)/c for names, folder in ((clips, p.clips_dir), (copies, p.aug_dir)) for c in sorted(names)}
-
-def _seconds(clip):
-    try: return float(read_json(clip/'clip.json')['duration_s'])
-    except (OSError, ValueError, LookupError, TypeError): return 0.
+        manifest = Path(p.aug_dir)/'manifest.jsonl'
+        if cfg.augmentation and manifest.is_file():
+            copies = {e['clip'] for e in read_manifest(manifest, clip=is_name)}
+    folders = (clips, p.clips_dir), (copies, p.aug_dir)
+    return {c: Path(folder)/c for names, folder in folders for c in sorted(names)}
 
 # %% ../../nbs/04_tokenization.ipynb #9f6c2a48
 _codec = lru_cache(1)(load_codec) # once in each process
 
 def _work(clip, codes_dir, codec): return tokenize(clip, codes_dir, _codec(*codec))
 
+def _seconds(clip):
+    try: return float(read_json(clip/'clip.json')['duration_s'])
+    except (OSError, ValueError, LookupError, TypeError): return 0.
+
+# %% ../../nbs/04_tokenization.ipynb #98b86ac9
 def run(
     cfg:DataConfig,
     device='cpu',
-    n_jobs=1, # processes, on a CPU
-    progress:bool=False, # show a bar
+    n_jobs=1, progress:bool=False, # processes, on a CPU; show a bar
 )->dict: # done: clips, failed: {clip: reason}, n_in: clips, hours, made
     "Codes of every chosen clip, in `codes_dir`; what is there already stays."
-    codes_dir, clips, which = Path(cfg.data_paths.codes_dir), chosen_clips(cfg), (cfg.codec, device, cfg.encodec.chunk_len_s)
-    if not clips: raise ValueError(f'{cfg.data_paths.clips_dir}: holds no clips; run the windows stage first')
+    p, clips, failed, made = cfg.data_paths, chosen_clips(cfg), {}, 0
+    if not clips: raise ValueError(f'{p.clips_dir}: holds no clips; run the segments stage first')
+    codes_dir, which = Path(p.codes_dir), (cfg.codec, device, cfg.encodec.chunk_len_s)
     _codec.cache_clear()
-    codec = _codec(*which)
-    frames = {name: T for name in clips if (T := frames_done(codes_dir/f'{name}.safetensors', codec))}
-    todo, failed, made = [clip for name, clip in clips.items() if name not in frames], {}, 0
-    seconds = {clip: _seconds(clip) for clip in clips.values()}
-    if str(device) != 'cpu' and isinstance(n_jobs, int): n_jobs = BatchEncoder(bucket_by_length(seconds), codes_dir, codec)
+    codec, seconds = _codec(*which), {clip: _seconds(clip) for clip in clips.values()}
+    done = {name: frames_done(codes_dir/f'{name}.safetensors', codec) for name in clips}
+    todo = [clips[name] for name in clips if not done[name]]
+    frames = {name: T for name, T in done.items() if T}
+    if str(device) != 'cpu' and isinstance(n_jobs, int):
+        n_jobs = BatchEncoder(bucket_by_length(seconds), codes_dir, codec)
     work = partial(_work, codes_dir=codes_dir, codec=which)
     for clip, r in map_parallel(work, todo, n_jobs, 'codes' if progress else None, seconds.get):
         if isinstance(r, Exception): failed[clip.name] = reason(r)
         else: frames[clip.name], made = r, made + r
-    write_jsonl(codes_dir/'manifest.jsonl', [dict(clip=name, frames=frames[name]) | codec.fingerprint() for name in sorted(frames)])
+    lines = [dict(clip=name, frames=frames[name]) | codec.fingerprint() for name in sorted(frames)]
+    write_jsonl(codes_dir/'manifest.jsonl', lines)
     hours = codec.frame_rate*3600
-    return dict(done=sorted(frames), failed=failed, n_in=len(clips), hours=sum(frames.values())/hours, made=made/hours)
+    return dict(done=sorted(frames), failed=failed, n_in=len(clips),
+                hours=sum(frames.values())/hours, made=made/hours)

@@ -17,7 +17,8 @@ from urllib.parse import unquote
 from fastcore.basics import patch
 from ..audio import AudioError, SILENT, is_recording, probe, same_sound
 from ..config import ConfigError, DataConfig, DownloadConfig
-from ..files import FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash, map_parallel, printable, read_json, read_jsonl, reason, write_jsonl
+from ..files import (FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash,
+                          map_parallel, printable, read_json, read_jsonl, reason, write_jsonl)
 from ..packages import needs
 from ..words import bar
 
@@ -31,11 +32,11 @@ class Recording:
     title: str # path within the source, for people; no file is ever named by it
     kind: str # 'mix' or 'stems'
     files: tuple # ((name, path), ...): 'mix', or 'lead' and the others, in order of their names
-    facts: dict = field(default_factory=dict, hash=False) # of a recording from the web: uploader, url, extractor, extractor_id
+    facts: dict = field(default_factory=dict, hash=False) # uploader, url, ... of the web
 
 # %% ../../nbs/00_data_download.ipynb #bf0fe572
 def _stems(audio, lead, nested):
-    "The stems that the sound files of a folder are: ((name, path), ...); empty where they are none."
+    "The stems that the sound files of a folder are: ((name, path), ...); empty if they are none."
     names = [p.stem.lower() for p in audio]
     if not ('lead' in names and (nested or 'backing' in names)):
         known = SOURCES | {f'no_{s}' for s in SOURCES} | MIXES
@@ -44,24 +45,31 @@ def _stems(audio, lead, nested):
     used = {'lead', 'backing'} if 'backing' in names else set(names) - MIXES
     return tuple(sorted((n, p) for n, p in zip(names, audio) if n in used))
 
-def find_recordings(source, # a folder
-                    lead:str='other', # the soloist, where stems have the names that separators give
-                    outside=(), # real paths of folders that are not entered
-                    left:list=None, # gets what is no recording: paths within the source
-                    top=None, been=None)->list: # of `Recording`, in the order of their titles
+# %% ../../nbs/00_data_download.ipynb #85dcd0c4
+def find_recordings(
+    source, # a folder
+    lead:str='other', # the soloist, where stems have the names that separators give
+    outside=(), # real paths of folders that are not entered
+    left:list=None, # gets what is no recording: paths within the source
+    top=None, been=None, # of the recursion: the outermost folder, real paths entered so far
+)->list: # of `Recording`, in the order of their titles
     "All recordings of a folder and of the folders in it."
     source, left = Path(source), [] if left is None else left
     top, been = Path(top or source), set() if been is None else been
     been.add(os.path.realpath(source))
     seen, title = sorted(source.iterdir()), lambda p: p.relative_to(top).as_posix()
     audio = [p for p in seen if not p.name.startswith('.') and is_recording(p)]
-    if stems := _stems(audio, lead, source != top): out = [Recording(title(source) if source != top else source.name, 'stems', stems)]
+    stems = _stems(audio, lead, source != top)
+    if stems: out = [Recording(title(source) if source != top else source.name, 'stems', stems)]
     else: out = [Recording(title(p), 'mix', (('mix', p),)) for p in audio]
-    taken = {p for r in out for _, p in r.files} | {p for p in seen if stems and (p.stem.lower() in MIXES or p.name == 'truth.json')}
+    taken = {p for r in out for _, p in r.files}
+    if stems: taken |= {p for p in seen if p.stem.lower() in MIXES or p.name == 'truth.json'}
     for p in seen:
+        real = os.path.realpath(p)
         if not p.is_dir(): left += [title(p)]*(p not in taken)
-        elif p.name.startswith('.') or os.path.realpath(p) in outside or (p/'clip.json').is_file(): left.append(f'{title(p)}/')
-        elif os.path.realpath(p) not in been: out += find_recordings(p, lead, outside, left, top, been)
+        elif p.name.startswith('.') or real in outside or (p/'clip.json').is_file():
+            left.append(f'{title(p)}/')
+        elif real not in been: out += find_recordings(p, lead, outside, left, top, been)
     return out
 
 # %% ../../nbs/00_data_download.ipynb #aad643d0
@@ -69,187 +77,234 @@ class SourceError(ValueError): "A recording that cannot be used."
 
 class SilentError(SourceError): "A recording in which nothing can be heard."
 
-def _link(src, dst):
-    "Hard link to the file itself, not to a link that may dangle, or copy where that is not possible"
-    src = os.path.realpath(src)
-    try: os.link(src, dst)
-    except OSError: shutil.copyfile(src, dst)
-
 def _asked_of_owner(rec):
     "Raise `SourceError` where only the owner of a recording knows what is meant."
     names = [n for n,_ in rec.files]
     for n, p in rec.files:
         if not Path(p).exists(): raise SourceError(f'{p}: a link to a file that is not there')
-        if names.count(n) > 1: raise SourceError(f'{" and ".join(str(q) for m,q in rec.files if m == n)}: which of them is the {n}? rename or remove the other')
+        if names.count(n) > 1:
+            same = ' and '.join(str(q) for m,q in rec.files if m == n)
+            raise SourceError(f'{same}: which of them is the {n}? rename or remove the other')
+    path, stems = Path(rec.files[0][1]), ", ".join(names)
     if rec.kind == 'stems' and 'lead' not in names: raise SourceError(
-        f'{Path(rec.files[0][1]).parent}: none of its stems ({", ".join(names)}) is the soloist; name it by demucs.lead')
-    if rec.kind == 'stems' and len(names) < 2: raise SourceError(f'{rec.files[0][1]}: a lead without anything beside it to be its backing')
+        f'{path.parent}: none of its stems ({stems}) is the soloist; name it by demucs.lead')
+    if rec.kind == 'stems' and len(names) < 2:
+        raise SourceError(f'{path}: a lead without anything beside it to be its backing')
 
+# %% ../../nbs/00_data_download.ipynb #d814e681
 def _check(rec):
-    "Seconds of a recording, and the fingerprint of each file; all are decoded to their end and have to agree."
-    heard = {n: probe(p) for n,p in rec.files}
+    "Seconds of a recording, and the fingerprint of each file."
+    heard, paths = {n: probe(p) for n,p in rec.files}, dict(rec.files)
     seconds = {n: h['seconds'] for n,h in heard.items()}
     if max(seconds.values()) - min(seconds.values()) > .25:
-        raise SourceError(f'{rec.files[0][1].parent}: stems of different length: ' + ', '.join(f'{k} {v:.1f} s' for k,v in seconds.items()))
-    for part in [['lead'], [n for n in heard if n != 'lead']] if rec.kind == 'stems' else [['mix']]:
-        if max(heard[n]['peak'] for n in part) < SILENT: raise SilentError(
-            f'{dict(rec.files)[part[0]]}: silent, nothing in it is above -70 dBFS' + ('; it is all of the backing' if part[0] not in ('lead', 'mix') else ''))
+        lengths = ', '.join(f'{k} {v:.1f} s' for k,v in seconds.items())
+        raise SourceError(f'{rec.files[0][1].parent}: stems of different length: {lengths}')
+    backing = [n for n in heard if n != 'lead']
+    for part in [['lead'], backing] if rec.kind == 'stems' else [['mix']]:
+        if max(heard[n]['peak'] for n in part) >= SILENT: continue
+        all_of = '' if part[0] in ('lead', 'mix') else '; it is all of the backing'
+        raise SilentError(f'{paths[part[0]]}: silent, nothing in it is above -70 dBFS{all_of}')
     return min(seconds.values()), {n: h['fingerprint'] for n,h in heard.items()}
 
 # %% ../../nbs/00_data_download.ipynb #2028d67b
 def _utf8(s): return s.encode(errors='replace').decode()
 
-def ingest(rec:Recording,
-           dl_dir)->dict: # its line of the manifest
-    "Check a recording and put it into `dl_dir/ID/`"
+def _link(src, dst):
+    "Hard link to the file itself, not to a link that may dangle; a copy where that cannot be."
+    src = os.path.realpath(src)
+    try: os.link(src, dst)
+    except OSError: shutil.copyfile(src, dst)
+
+def ingest(
+    rec:Recording,
+    dl_dir, # where its folder goes
+)->dict: # its line of the manifest
+    "Check a recording and put it into `dl_dir/ID/`."
     _asked_of_owner(rec)
     hashes = {n: file_hash(p) for n,p in rec.files}
     id = content_hash([*hashes], *[h.encode() for h in hashes.values()])
-    out, entry = Path(dl_dir)/id, dict(id=id, title=_utf8(rec.title), kind=rec.kind)
-    told = dict(uploader=None, url=None, extractor=None, extractor_id=None) | rec.facts | dict(sha256=hashes)
+    out, line = Path(dl_dir)/id, dict(id=id, title=_utf8(rec.title), kind=rec.kind)
+    line |= dict.fromkeys(('uploader', 'url', 'extractor', 'extractor_id')) | rec.facts
+    line['sha256'] = hashes
     old = read_json(out/'recording.json') if (out/'recording.json').is_file() else {}
-    if 'sound' in old: return old | entry | told
-    if old and not all((out/f).is_file() for f in old['files'].values()): return old | entry | told     # tidied away before sounds were kept
+    gone = not all((out/f).is_file() for f in old.get('files', {}).values())   # tidied away
+    if 'sound' in old or gone: return old | line
+    return _place(rec, out, line)
+
+# %% ../../nbs/00_data_download.ipynb #babbcfad
+def _place(rec, out, line):
+    "Make the folder of a recording; its line of the manifest."
     seconds, sound = _check(rec)
-    entry |= dict(duration_s=round(seconds, 3), sound=sound, files={n: n+Path(p).suffix.lower() for n,p in rec.files}) | told
+    files = {n: n+Path(p).suffix.lower() for n,p in rec.files}
+    line = line | dict(duration_s=round(seconds, 3), sound=sound, files=files)
     with atomic_dir(out) as d:
-        for n,p in rec.files: _link(p, d/entry['files'][n])
+        for n,p in rec.files: _link(p, d/files[n])
         truth = Path(rec.files[0][1]).parent/'truth.json'
         if rec.kind == 'stems' and truth.is_file(): _link(truth, d/'truth.json')
-        (d/'recording.json').write_text(json.dumps(entry))
-    return entry
+        (d/'recording.json').write_text(json.dumps(line))
+    return line
 
 # %% ../../nbs/00_data_download.ipynb #6fc51a92
 def _lines(path):
-    "The addresses in a text file; `#` begins a remark"
+    "The addresses in a text file; `#` begins a remark."
     data = path.read_bytes()
     utf16 = data[:2] in (b'\xff\xfe', b'\xfe\xff')
-    if b'\0' in data and not utf16: raise ConfigError(f'url: {path} is no text file of addresses; give recordings by source')
+    if b'\0' in data and not utf16:
+        raise ConfigError(f'url: {path} is no text file of addresses; give recordings by source')
     lines = data.decode('utf-16' if utf16 else 'utf-8-sig', errors='replace').splitlines()
     found = [a for l in lines if (a := re.split(r'(?:^|\s)#', l)[0].strip())]
     if not found: raise ConfigError(f'url: {path} holds no addresses')
     return found
 
-def addresses(url)->list: # of an address, the path of a text file, or a list of both -> addresses, each once
-    "The addresses that a configuration asks for, in order"
+def addresses(
+    url, # an address, the path of a text file, or a list of both
+)->list: # each address once
+    "The addresses that a configuration asks for, in order."
     found = []
     for u in filter(None, (u.strip() for u in ([url] if isinstance(url, str) else url or []))):
         if '://' in u: found.append(u)
         elif os.path.isfile(u): found += _lines(Path(u))
         elif os.path.isdir(u): raise ConfigError(f'url: {u} is a folder; give it as source={u}')
-        elif u[0] in './~' or u.lower().endswith('.txt'): raise ConfigError(f'url: there is no file {u}')
+        elif u[0] in './~' or u.lower().endswith('.txt'):
+            raise ConfigError(f'url: there is no file {u}')
         else: found.append(u)
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/00_data_download.ipynb #7bc3db3d
 def _address(item):
-    "The address of an item of yt-dlp's, without what yt-dlp hides in it"
+    "The address of an item of yt-dlp's, without what yt-dlp hides in it."
     from yt_dlp.utils import unsmuggle_url
-    formats = (f.get('url') for f in item.get('formats') or [])
-    return unsmuggle_url(item.get('url') or next(filter(None, formats), None) or item.get('webpage_url') or '')[0]
+    formats = filter(None, (f.get('url') for f in item.get('formats') or []))
+    return unsmuggle_url(item.get('url') or next(formats, None) or item.get('webpage_url') or '')[0]
 
 def _site(item):
-    "The name of a site that has ids, `None` elsewhere"
+    "The name of a site that has ids, `None` elsewhere."
     from yt_dlp.extractor import get_info_extractor
     name = item.get('ie_key') or item.get('extractor_key')
-    try: return name if item.get('id') and get_info_extractor(name)._VALID_URL not in (None, False, '.*') else None
+    if not item.get('id'): return None
+    try: address = get_info_extractor(name)._VALID_URL
     except KeyError: return None
+    return name if address not in (None, False, '.*') else None
 
-def item_key(item:dict)->str: # an entry or a video of yt-dlp's
-    "What an item is called in the archive"
-    return f'{site} {item["id"]}' if (site := _site(item)) else f'url {content_hash(_address(item))}'
+def item_key(
+    item:dict, # an entry or a video of yt-dlp's
+)->str:
+    "What an item is called in the archive."
+    site = _site(item)
+    return f'{site} {item["id"]}' if site else f'url {content_hash(_address(item))}'
 
 # %% ../../nbs/00_data_download.ipynb #4f2bbb57
 def _cookies(path):
     try: return io.StringIO(Path(path).read_text(encoding='utf-8-sig', errors='replace'))
-    except OSError as e: raise ConfigError(f'download.cookies: {path} cannot be read ({e.strerror})') from None
+    except OSError as e:
+        raise ConfigError(f'download.cookies: {path} cannot be read ({e.strerror})') from None
 
 def _browser(s):
-    "BROWSER[+KEYRING][:PROFILE][::CONTAINER] as yt-dlp wants it"
+    "BROWSER[+KEYRING][:PROFILE][::CONTAINER] as yt-dlp wants it."
     m = re.fullmatch(r'([^+:]+)(?:\+([^:]+))?(?::(?!:)(.+?))?(?:::(.+))?', s.strip())
-    if not m: raise ConfigError(f'download.cookies_from_browser: {s!r} is not BROWSER[+KEYRING][:PROFILE][::CONTAINER], such as firefox')
+    if not m: raise ConfigError(f'download.cookies_from_browser: {s!r} is not '
+                                'BROWSER[+KEYRING][:PROFILE][::CONTAINER], such as firefox')
     name, ring, profile, container = m.groups()
     return name.strip().lower(), profile, ring and ring.upper(), container
 
-def options(cfg:DownloadConfig)->dict: # parameters of `YoutubeDL`
-    "A download configuration in yt-dlp's words"
-    o = dict(format='bestaudio/best', fixup='never', cachedir=False, updatetime=False, skip_unavailable_fragments=False,
-             quiet=True, noprogress=True, color='never', socket_timeout=cfg.timeout_s)
-    o |= dict(retries=cfg.retries, fragment_retries=cfg.retries, extractor_retries=min(1, cfg.retries))     # extraction is repeated by `Web.retry`
+def _runtime(s): # NAME[:PATH]
+    name, _, path = s.partition(':')
+    return name.strip().lower(), dict(path=path or None)
+
+# %% ../../nbs/00_data_download.ipynb #e8519cf1
+def options(
+    cfg:DownloadConfig,
+)->dict: # parameters of `YoutubeDL`
+    "A download configuration in yt-dlp's words."
+    o = dict(format='bestaudio/best', fixup='never', cachedir=False, updatetime=False,
+             skip_unavailable_fragments=False, quiet=True, noprogress=True, color='never',
+             socket_timeout=cfg.timeout_s, retries=cfg.retries, fragment_retries=cfg.retries,
+             extractor_retries=min(1, cfg.retries))                 # `Web.retry` repeats extraction
     if cfg.rate_limit: o['ratelimit'] = cfg.rate_limit
     if cfg.cookies: o['cookiefile'] = _cookies(cfg.cookies)
     if cfg.cookies_from_browser: o['cookiesfrombrowser'] = _browser(cfg.cookies_from_browser)
-    if cfg.js_runtimes is not None:
-        o['js_runtimes'] = {n.strip().lower(): dict(path=p or None) for n,_,p in (r.partition(':') for r in cfg.js_runtimes)}
+    if cfg.js_runtimes is not None: o['js_runtimes'] = dict(map(_runtime, cfg.js_runtimes))
     return o
 
 # %% ../../nbs/00_data_download.ipynb #64a2e3db
 LONGEST = 900. # s, no wait is longer
 
 def _causes(e):
-    "An exception and all that are behind it"
+    "An exception and all that are behind it."
     seen, todo = [], [e]
     while todo:
         e = todo.pop()
         if not isinstance(e, BaseException) or any(e is s for s in seen): continue
         seen.append(e)
-        todo += [e.__context__, e.__cause__, getattr(e, 'cause', None), getattr(e, 'reason', None), (getattr(e, 'exc_info', None) or (None, None))[1]]
+        todo += [e.__context__, e.__cause__, getattr(e, 'cause', None), getattr(e, 'reason', None),
+                 (getattr(e, 'exc_info', None) or (None, None))[1]]
     return seen
 
 def _asked(headers):
-    "Seconds by the header `Retry-After`: a number, or a date"
+    "Seconds by the header `Retry-After`: a number, or a date."
     v = (headers.get('Retry-After') or '').strip()
     if v.isdigit(): return float(v)
     try: return max(0., parsedate_to_datetime(v).timestamp()-time.time())
     except (TypeError, ValueError): return 0.
 
+def _pause(n, cfg): return min(cfg.backoff_s*2**n, LONGEST)
+
 # %% ../../nbs/00_data_download.ipynb #848b4056
-def wait(e:Exception, n:int, # what failed, and how often before
-         cfg:DownloadConfig, fetching=False)->float|None: # seconds
-    "How long to wait before the next attempt, `None` where there is no use"
+def wait(
+    e:Exception, # what failed
+    n:int, # how often before
+    cfg:DownloadConfig,
+    fetching=False, # a file; otherwise an address is opened
+)->float|None: # seconds
+    "How long to wait before the next attempt, `None` where there is no use."
     from yt_dlp.networking.exceptions import CertificateVerifyError, HTTPError, TransportError
     if n >= cfg.retries: return None
-    causes, pause = _causes(e), min(cfg.backoff_s*2**n, LONGEST)
+    causes, tried = _causes(e), 'Giving up after' in str(e)         # by yt-dlp, as often
     for c in causes:
         if not isinstance(c, HTTPError): continue
-        passes = c.status in (408, 425, 429) or c.status >= 500 or fetching and c.status == 403
-        return max(pause, s) if passes and (s := _asked(c.response.headers)) <= LONGEST else None
-    if any(isinstance(c, socket.gaierror) for c in causes) and n: return None     # no such server, or no network
-    return pause if any(isinstance(c, TransportError) and not isinstance(c, CertificateVerifyError) for c in causes) else None
+        passes = c.status in (408, 425, 429) or c.status >= 500 and not tried
+        passes, s = passes or fetching and c.status == 403, _asked(c.response.headers)
+        return max(_pause(n, cfg), s) if passes and s <= LONGEST else None
+    def any_is(*kinds): return any(isinstance(c, kinds) for c in causes)
+    if tried or any_is(CertificateVerifyError) or not any_is(TransportError): return None
+    return None if n and any_is(socket.gaierror) else _pause(n, cfg)   # no server, or no network
 
 # %% ../../nbs/00_data_download.ipynb #a9657fad
 class Archive:
-    "What was fetched, by key and by the address that was asked for"
+    "What was fetched, by key and by the address that was asked for."
     def __init__(self, path): # of a file of JSON lines
         self.path, self.by_key, self.by_address = Path(path), {}, {}
         for line in read_jsonl(path):
-            if isinstance(line, dict) and re.fullmatch('[0-9a-f]{16}', str(line.get('id'))): self._learn(line)
+            id = str(line.get('id')) if isinstance(line, dict) else ''
+            if re.fullmatch('[0-9a-f]{16}', id): self._learn(line)
 
     def _learn(self, line):
         for k in line['keys']: self.by_key[k] = line
         self.by_address.setdefault(line['address'], {})[line['id']] = line
 
     def add(self, line:dict):
-        "Remember a recording: `keys`, `address`, `id`, and `facts` for the manifest"
+        "Remember a recording: `keys`, `address`, `id`, and `facts` for the manifest."
         if line in self.by_address.get(line['address'], {}).values(): return
         append_jsonl(self.path, line)
         self._learn(line)
 
 # %% ../../nbs/00_data_download.ipynb #3535ae1a
 def _shown(s, n=100):
-    "Text that cannot play tricks on a terminal"
+    "Text that cannot play tricks on a terminal."
     s = ' '.join(printable(_utf8(str(s))).split())
     return s if len(s) <= n else s[:n-1]+'…'
 
 def _said(e):
-    "An exception in one line, in the words of our configuration"
-    s = re.split(r' \(caused by|; please report|\. Also see|\. If you believe', str(e).removeprefix('ERROR: '))[0]
-    for flag in ('cookies-from-browser', 'cookies', 'js-runtimes'): s = s.replace(f'--{flag}', f'download.{flag.replace("-", "_")}')
+    "An exception in one line, in the words of our configuration."
+    tail = r' \(caused by|; please report|\. Also see|\. If you believe'
+    s = re.split(tail, str(e).removeprefix('ERROR: '))[0]
+    for flag in ('cookies-from-browser', 'cookies', 'js-runtimes'):
+        s = s.replace(f'--{flag}', f'download.{flag.replace("-", "_")}')
     return _shown(s, 300) or type(e).__name__
 
 # %% ../../nbs/00_data_download.ipynb #0b5a4da4
 def _session(params):
-    "yt-dlp without plugins, which knows how long a server asked it to wait"
+    "yt-dlp without plugins, which knows how long a server asked it to wait."
     os.environ.setdefault('YTDLP_NO_PLUGINS', '1')
     with needs('yt-dlp'):
         from yt_dlp import YoutubeDL
@@ -265,110 +320,143 @@ def _session(params):
     return Session(params)
 
 class _Log:
-    "Keeps yt-dlp's warnings; its errors come as exceptions"
+    "Keeps yt-dlp's warnings; its errors come as exceptions."
     def __init__(self): self.warnings = []
     def debug(self, s): pass
     info = error = debug
     def warning(self, s): self.warnings.append(s)
 
 # %% ../../nbs/00_data_download.ipynb #6d7df934
+def _outtmpl(folder): # yt-dlp's template of names, within a folder that is made
+    where = str(folder)
+    if os.path.expandvars(where) != where:
+        raise ConfigError(f'data_paths.dl_dir: $ in {where} would be a variable; rename the folder')
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(where, os.W_OK):
+        raise WriteError(f'{where}: cannot be written; '
+                         'give another folder, or the rights to this one')
+    return where.replace('%', '%%')+'/%(saxgpt)s.%(format_id).40B.%(ext)s'
+
+# %% ../../nbs/00_data_download.ipynb #3f11c6aa
 class Web:
-    "Fetches recordings into `dl_dir`, each once"
+    "Fetches recordings into `dl_dir`, each once."
     def __init__(self, cfg:DataConfig, progress:bool=False):
         self.cfg, self.dir = cfg.download, Path(cfg.data_paths.dl_dir).absolute()
-        self.folder, self.archive, self.log = self.dir/'fetched', Archive(self.dir/'archive.jsonl'), _Log()
-        self.found, self.failed, self.asked = [], {}, False
-        self.ydl = _session(options(self.cfg) | dict(logger=self.log, outtmpl=self._names(), progress_hooks=[self._hook],
-                                                     retry_sleep_functions=dict.fromkeys(('http', 'fragment', 'extractor'), self._pause)))
+        self.folder, self.archive = self.dir/'fetched', Archive(self.dir/'archive.jsonl')
+        self.log, self.found, self.failed, self.asked = _Log(), [], {}, False
+        sleep = dict.fromkeys(('http', 'fragment', 'extractor'),
+                              lambda n: max(_pause(n, self.cfg), self.ydl.asked))
+        how = dict(logger=self.log, outtmpl=_outtmpl(self.folder), progress_hooks=[self._hook],
+                   retry_sleep_functions=sleep)
+        self.ydl = _session(options(self.cfg) | how)
         try: self.ydl.cookiejar
         except Exception as e: raise ConfigError(f'download.cookies: {_said(e)}') from None
         for w in self.log.warnings:
             if 'JavaScript runtime(s)' in w: raise ConfigError(f'download.js_runtimes: {_said(w)}')
-        self.bar = bar(total=0, desc='download', unit='item', miniters=0, smoothing=0, disable=not progress)
+        look = dict(total=0, desc='download', unit='item', miniters=0, smoothing=0)
+        self.bar = bar(**look, disable=not progress)
 
-    def _names(self):
-        where = str(self.folder)
-        if os.path.expandvars(where) != where: raise ConfigError(f'data_paths.dl_dir: $ in {where} would be a variable; rename the folder')
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(where, os.W_OK): raise WriteError(f'{where}: cannot be written; give another folder, or the rights to this one')
-        return where.replace('%', '%%')+'/%(saxgpt)s.%(format_id).40B.%(ext)s'
-
-    def _pause(self, n): return max(min(self.cfg.backoff_s*2**n, LONGEST), self.ydl.asked)
     def _hook(self, d):
         got = [f'{b/1e6:.1f}' for b in (d.get('downloaded_bytes'), d.get('total_bytes')) if b]
         self.bar.set_postfix_str('/'.join(got)+' MB', refresh=False)
         self.bar.update(0)
     def __enter__(self): return self
     def __exit__(self, *args): self.bar.close(); self.ydl.close()
-    def full(self): return self.cfg.max_items is not None and len(self.found)+len(self.failed) >= self.cfg.max_items
 
 # %% ../../nbs/00_data_download.ipynb #63d2701c
 @patch
-def retry(self:Web, work, # a function of the number of the attempt
-          fetching=False): # its result, at last
-    "Do something until it succeeds or there is no use"
+def retry(
+    self:Web,
+    work, # a function of the number of the attempt
+    fetching=False, # as in `wait`
+): # its result, at last
+    "Do something until it succeeds or there is no use."
     for n in itertools.count():
         try: return work(n)
         except Exception as e:
             if (s := wait(e, n, self.cfg, fetching)) is None: raise
         time.sleep(s)
 
+@patch
+def full(self:Web): # whether there are as many items as were asked for
+    most = self.cfg.max_items
+    return most is not None and len(self.found)+len(self.failed) >= most
+
 # %% ../../nbs/00_data_download.ipynb #f5476bd9
 @patch
-def resolve(self:Web, item:dict)->dict: # of yt-dlp's: a video, or a list, which has `entries`
-    "What is behind an item"
+def extract(self:Web, item:dict)->dict: # of yt-dlp's
+    "What is behind one address."
     from yt_dlp.utils import sanitize_url
-    def ask(n):
-        info = self.ydl.extract_info(sanitize_url(item['url']), download=False, ie_key=item.get('ie_key'), process=False)
-        if not info: raise SourceError('there is nothing')
-        return dict(info, entries=list(itertools.islice(info['entries'], self.cfg.max_items))) if 'entries' in info else info
-    for _ in range(8): # an address may lead to another
+    info = self.ydl.extract_info(sanitize_url(item['url']), download=False,
+                                 ie_key=item.get('ie_key'), process=False)
+    if not info: raise SourceError('there is nothing')
+    if 'entries' not in info: return info
+    return dict(info, entries=list(itertools.islice(info['entries'], self.cfg.max_items)))
+
+@patch
+def resolve(self:Web, item:dict)->dict: # of yt-dlp's: a video, or a list, which has `entries`
+    "What is behind an item, however many addresses lead there."
+    for _ in range(8):
         if item.get('_type', 'video') not in ('url', 'url_transparent'): return item
-        inner = self.retry(ask)
+        inner = self.retry(lambda n: self.extract(item))
         if item['_type'] == 'url_transparent':
             theirs = '_type', 'url', 'ie_key', 'id', 'extractor', 'extractor_key'
             own = {k: v for k,v in item.items() if v is not None and k not in theirs}
-            inner = inner | own | (dict(_type='url_transparent') if inner.get('_type') == 'url' else {})
+            again = dict(_type='url_transparent') if inner.get('_type') == 'url' else {}
+            inner = inner | own | again
         item = inner
     raise SourceError('leads from address to address')
 
 # %% ../../nbs/00_data_download.ipynb #4efdf70d
 @patch
 def download(self:Web, info:dict, name:str)->Path: # the file
-    "Fetch a video's audio to `fetched/NAME.FORMAT.EXT`, going on with what is there of it"
-    if info.get('is_live') or info.get('live_status') in ('is_live', 'is_upcoming'): raise SourceError('is a broadcast, no recording yet')
+    "Fetch a video's audio to `fetched/NAME.FORMAT.EXT`, going on with what is there of it."
+    if info.get('is_live') or info.get('live_status') in ('is_live', 'is_upcoming'):
+        raise SourceError('is a broadcast, no recording yet')
     for p in self.folder.glob(f'{name}.*'):
-        if p.is_symlink(): p.unlink()                          # yt-dlp would write to what it leads to
+        if p.is_symlink(): p.unlink()                 # yt-dlp would write to what it leads to
     parts = list(self.folder.glob(f'{name}.*.part'))
     def go(): # yt-dlp writes into what it is given
-        own = dict(saxgpt=name) | ({'formats': [dict(f) for f in info['formats']]} if info.get('formats') else {})
-        return self.ydl.process_ie_result(info | own, download=True) or {}
+        formats = dict(formats=[dict(f) for f in info['formats']]) if info.get('formats') else {}
+        return self.ydl.process_ie_result(info | formats | dict(saxgpt=name), download=True) or {}
     try: done = go()
     except Exception as e:
-        nothing = 'any data blocks' in str(e) or any(getattr(c, 'status', None) == 416 for c in _causes(e))
-        if not parts or not nothing: raise
-        for p in parts: p.unlink() # killed after the last byte: there is no more to ask for, so all of it is asked for again
+        beyond = any(getattr(c, 'status', None) == 416 for c in _causes(e))
+        if not parts or not beyond and 'any data blocks' not in str(e): raise
+        for p in parts: p.unlink()
         done = go()
-    files = [Path(p) for d in done.get('requested_downloads') or [] if (p := d.get('filepath')) and os.path.isfile(p)]
+    paths = (d.get('filepath') for d in done.get('requested_downloads') or [])
+    files = [Path(p) for p in paths if p and os.path.isfile(p)]
     if not files or files[0].parent != self.folder: raise SourceError('nothing was downloaded')
     return files[0]
 
 # %% ../../nbs/00_data_download.ipynb #595e63a7
+def _facts(info, item, name):
+    "What the manifest says about a recording from the web."
+    title = info.get('title') or item.get('title') or unquote(_address(item))
+    id = str(info.get('id') or '')[:100]
+    return dict(title=_utf8(title),
+                uploader=info.get('uploader') or info.get('channel') or info.get('artist'),
+                url=_address(dict(url=info.get('webpage_url') or _address(item))),
+                extractor=info.get('extractor_key'),
+                extractor_id=_utf8(id if _site(info) else f'{name}-{id}'))
+
+# %% ../../nbs/00_data_download.ipynb #3c8a9ed8
 @patch
 def take(self:Web, item:dict, info:dict, keys:list, address:str): # keys: of the archive
-    "Fetch one video, check it, put it into its place and remember it"
-    title = info.get('title') or item.get('title') or unquote(_address(item))
-    name, webpage = content_hash(keys[-1] if _site(info) else keys[0]), _address(dict(url=info.get('webpage_url') or _address(item)))
-    id = str(info.get('id') or '')[:100]
-    facts = dict(title=_utf8(title), uploader=info.get('uploader') or info.get('channel') or info.get('artist'), url=webpage,
-                 extractor=info.get('extractor_key'), extractor_id=_utf8(id if _site(info) else f'{name}-{id}'))
-    path = self.retry(lambda n: self.download(info if n == 0 else self.resolve(item), name), fetching=True)
+    "Fetch one video, check it, put it into its place and remember it."
+    name = content_hash(keys[-1] if _site(info) else keys[0])
+    facts = _facts(info, item, name)
+    again = lambda n: self.download(info if n == 0 else self.resolve(item), name)
+    path = self.retry(again, fetching=True)
+    about = {k: v for k,v in facts.items() if k != 'title'}
     def tidy():
         for p in self.folder.glob(f'{name}.*'): p.unlink()
-    try: entry = ingest(Recording(title, 'mix', (('mix', path),), {k: v for k,v in facts.items() if k != 'title'}), self.dir)
+    try: entry = ingest(Recording(facts['title'], 'mix', (('mix', path),), about), self.dir)
     except AudioError as e:
         tidy()
-        raise SourceError(f'{str(e).removeprefix(f"{path}: ").split(";")[0]}; removed, the next run fetches it anew') from None
+        why = str(e).removeprefix(f'{path}: ').split(';')[0]
+        raise SourceError(f'{why}; removed, the next run fetches it anew') from None
     self.archive.add(dict(keys=keys, address=address, id=entry['id'], facts=facts))
     tidy()
     self.found.append(entry)
@@ -376,30 +464,32 @@ def take(self:Web, item:dict, info:dict, keys:list, address:str): # keys: of the
 # %% ../../nbs/00_data_download.ipynb #1d348ad0
 @patch
 def known(self:Web, id:str)->dict|None:
-    "What is in its place under an id: its line of the manifest"
+    "What is in its place under an id: its line of the manifest."
     f = self.dir/id/'recording.json'
     return read_json(f) if f.is_file() else None
 
 @patch
 def has(self:Web, keys:list, address:str)->bool: # keys: of one item
-    "Take an item from the archive, if it is there and need not be fetched again"
+    "Take an item from the archive, if it is there and need not be fetched again."
     line = next((self.archive.by_key[k] for k in keys if k in self.archive.by_key), None)
     if line is None or (entry := self.known(line['id'])) is None: return False
     self.archive.add(line | dict(keys=list(dict.fromkeys(line['keys']+keys)), address=address))
     self.found.append(entry | line['facts'])
     return True
 
+# %% ../../nbs/00_data_download.ipynb #dee0032c
 @patch
 def expect(self:Web, items:list, n:int=0):
-    "Tell the bar what is to come"
+    "Tell the bar what is to come."
     self.bar.total += n + sum(item_key(i) not in self.archive.by_key for i in items)
 
 @patch
 def listed(self:Web, info:dict)->list: # items
-    "The items of a list; missing ones are named"
+    "The items of a list; missing ones are named."
     title, items = _shown(info.get('title') or _address(info)), list(info['entries'])
     own = {k: info[k] for k in ('extractor', 'extractor_key', 'webpage_url') if k in info}
-    self.failed |= {f'{title}, item {n}': 'is not available' for n,e in enumerate(items, 1) if not e}
+    missing = [n for n,e in enumerate(items, 1) if not e]
+    self.failed |= {f'{title}, item {n}': 'is not available' for n in missing}
     items = [own | e if e.get('_type', 'video') == 'video' else e for e in items if e]
     self.expect(items, -1)
     return items
@@ -407,28 +497,33 @@ def listed(self:Web, info:dict)->list: # items
 # %% ../../nbs/00_data_download.ipynb #505f530d
 @patch
 def fail(self:Web, title:str, e:Exception, item:dict, address:str):
-    "Name an item that could not be had"
+    "Name an item that could not be had."
     for c in _causes(e):
-        if isinstance(c, WriteError) or isinstance(c, OSError) and c.errno in FULL: raise c if isinstance(c, WriteError) else WriteError(
-            f'{self.dir}: cannot be written ({c.strerror}); make room, or give another data_paths.dl_dir') from None
-    lines = self.archive.by_address.get(address, {}).values() if item.get('url') == address else []
-    kept = [entry | l['facts'] for l in lines if (entry := self.known(l['id']))]
+        if isinstance(c, WriteError): raise c from None
+        if isinstance(c, OSError) and c.errno in FULL: raise WriteError(
+            f'{self.dir}: cannot be written ({c.strerror}); '
+            'make room, or give another data_paths.dl_dir') from None
+    asked = self.archive.by_address.get(address, {}) if item.get('url') == address else {}
+    kept = [entry | l['facts'] for l in asked.values() if (entry := self.known(l['id']))]
     self.found += kept
-    self.failed[title if title not in self.failed else f'{title} ({_shown(_address(item))})'] = _said(e) + (
-        f'; {len(kept)} recordings that came from there earlier stay' if kept else '')
+    if title in self.failed: title = f'{title} ({_shown(_address(item))})'
+    stay = f'; {len(kept)} recordings that came from there earlier stay' if kept else ''
+    self.failed[title] = _said(e) + stay
 
 # %% ../../nbs/00_data_download.ipynb #4098cfcb
 @patch
 def fetch(self:Web, address:str):
-    "Everything behind an address"
+    "Everything behind an address."
     queue, opened = deque([dict(_type='url', url=address)]), set()
     while queue and not self.full():
         item = queue.popleft()
         title, keys = _shown(item.get('title') or unquote(_address(item))), [item_key(item)]
         try:
             if self.has(keys, address): continue
-            if 'url' in item and keys[0] in opened: self.bar.total -= 1; continue # a list that holds itself
-            if keys[0] in self.archive.by_key: self.bar.total += 1        # had, and lost
+            if 'url' in item and keys[0] in opened: # a list that holds itself
+                self.bar.total -= 1
+                continue
+            self.bar.total += keys[0] in self.archive.by_key              # had, and lost
             if self.asked: time.sleep(self.cfg.pause_s)
             self.asked, info = True, self.resolve(item)
             if 'entries' in info:
@@ -449,56 +544,84 @@ def _source(cfg):
     for key, p in cfg.data_paths: stages.setdefault(os.path.realpath(p), key)
     for p, key in stages.items():
         if real.is_relative_to(p) and key != 'metadata_path': raise ConfigError(
-            f'source: {source} is data_paths.{key}, or lies in it: what the pipeline makes would be taken for recordings; give another folder')
-    if Path(os.path.realpath(cfg.data_paths.dl_dir)).is_relative_to(real):
-        raise ConfigError(f'data_paths.dl_dir: {cfg.data_paths.dl_dir} lies within the source {source} and would be taken for recordings; '
-                          'put it elsewhere')
+            f'source: {source} is data_paths.{key}, or lies in it: what the pipeline makes would '
+            'be taken for recordings; give another folder')
+    dl_dir = cfg.data_paths.dl_dir
+    if Path(os.path.realpath(dl_dir)).is_relative_to(real): raise ConfigError(
+        f'data_paths.dl_dir: {dl_dir} lies within the source {source} and would be taken for '
+        'recordings; put it elsewhere')
     return source, set(stages)
 
 # %% ../../nbs/00_data_download.ipynb #7d6ff849
-_JS = ('YouTube needs a JavaScript runtime and its scripts; without them formats or whole videos are missing: '
-       'pip install "yt-dlp[default,deno]", or name an installed one, such as download.js_runtimes=[node]')
+_JS = ('YouTube needs a JavaScript runtime and its scripts; without them formats or whole videos '
+       'are missing: pip install "yt-dlp[default,deno]", or name an installed one, such as '
+       'download.js_runtimes=[node]')
 
-def _notes(warnings): return [_JS] if any('supported JavaScript runtime' in w for w in warnings) else []
+def _notes(warnings):
+    return [_JS] if any('supported JavaScript runtime' in w for w in warnings) else []
 
 def _online(cfg, urls, progress):
-    "Fetch all addresses: lines of the manifest, {title: reason} of what could not be had, notes"
+    "Fetch all addresses: lines of the manifest, {title: reason} of what could not be had, notes."
     with Web(cfg, progress) as web:
         web.expect([dict(url=u) for u in urls])
         for u in urls: web.fetch(u)
     return web.found, web.failed, _notes(web.log.warnings)
 
-# %% ../../nbs/00_data_download.ipynb #b7eac328
+# %% ../../nbs/00_data_download.ipynb #5b87ccaf
 def _same(a, b):
     "Whether two entries are one performance."
     if a['id'] == b['id']: return True
     x, y = a.get('sound') or {}, b.get('sound') or {}
-    return isinstance(x, dict) and isinstance(y, dict) and x.keys() == y.keys() and len(x) > 0 and all(same_sound(x[k], y[k]) for k in x)
+    if not isinstance(x, dict) or not isinstance(y, dict) or x.keys() != y.keys(): return False
+    return len(x) > 0 and all(same_sound(x[k], y[k]) for k in x)
 
-def _named(names, n=20): return ', '.join(_shown(x) for x in names[:n]) + (f' and {len(names)-n} more' if len(names) > n else '')
-
-def run(cfg:DataConfig, device='cpu',
-        n_jobs=1, progress:bool=False)->dict: # done: ids, failed and dropped: {title: reason}, n_in, hours, made (in this run), notes
-    "Put every recording of the source and of the addresses into `dl_dir` and write its `manifest.jsonl`"
-    out, entries, failed, dropped, notes, silent = Path(cfg.data_paths.dl_dir), {}, {}, {}, [], 0
-    recs, urls, left = [], addresses(cfg.url), []
-    if cfg.source: source, stages = _source(cfg); recs = find_recordings(source, cfg.demucs.lead, stages, left)
-    if not cfg.source and not urls:
-        raise ConfigError('source: missing, and url too; give the folder of your recordings, such as source=~/Music/jazz')
-    there, found = {p.parent.name for p in out.glob('*/recording.json')}, []
-    for rec,r in map_parallel(partial(ingest, dl_dir=out), recs, n_jobs, 'download' if progress and recs else None):
-        if isinstance(r, SilentError): dropped[_shown(rec.title, 300)] = str(r).split(': ', 1)[1]; silent += 1
-        elif isinstance(r, Exception): failed[_shown(rec.title, 300)] = reason(r)
-        else: found.append(r)
-    if urls: online, refused, notes = _online(cfg, urls, progress); found += online; failed |= refused
-    before = {str(e.get('id')) for e in read_jsonl(out/'manifest.jsonl') if isinstance(e, dict)}
-    for e in sorted(found, key=lambda e: (e['id'] not in before, e['id'])):                # what had its place keeps it
+def _unique(found, before): # entries, ids of the last manifest
+    "Entries by id, each performance once, and {title: reason} of the others."
+    entries, dropped = {}, {}
+    for e in sorted(found, key=lambda e: (e['id'] not in before, e['id'])):
         first = next((f for f in entries.values() if _same(f, e)), None)
         if first is None: entries[e['id']] = e
         else: dropped[_shown(e['title'], 300)] = f'the same sound as {_shown(first["title"])}'
-    if left: notes = [*notes, f'no recordings, left out: {_named(left)}']
-    if not found and not failed and not dropped: raise ConfigError(f'source: no audio files in {cfg.source or ", ".join(urls)}')
-    write_jsonl(out/'manifest.jsonl', [entries[i] for i in sorted(entries)])
+    return dict(sorted(entries.items())), dropped
+
+# %% ../../nbs/00_data_download.ipynb #27f9371e
+def _local(cfg, n_jobs, progress):
+    "Ingest the source: entries, failed, dropped, and a note of what else lies in it."
+    found, failed, dropped, left = [], {}, {}, []
+    source, stages = _source(cfg)
+    recs = find_recordings(source, cfg.demucs.lead, stages, left)
+    work = partial(ingest, dl_dir=Path(cfg.data_paths.dl_dir))
+    for rec,r in map_parallel(work, recs, n_jobs, 'download' if progress and recs else None):
+        title = _shown(rec.title, 300)
+        if isinstance(r, SilentError): dropped[title] = str(r).split(': ', 1)[1]
+        elif isinstance(r, Exception): failed[title] = reason(r)
+        else: found.append(r)
+    names = ', '.join(map(_shown, left[:20])) + (f' and {len(left)-20} more' if left[20:] else '')
+    return found, failed, dropped, [f'no recordings, left out: {names}'] if left else []
+
+# %% ../../nbs/00_data_download.ipynb #b7eac328
+def run(
+    cfg:DataConfig,
+    device='cpu', # as every stage has it; unused
+    n_jobs=1, # processes
+    progress:bool=False, # show bars
+)->dict: # done: ids, failed and dropped: {title: reason}, n_in, hours, made (in this run), notes
+    "Put every recording of the source and of the addresses into `dl_dir`, with a `manifest.jsonl`."
+    out, urls, notes = Path(cfg.data_paths.dl_dir), addresses(cfg.url), []
+    if not cfg.source and not urls: raise ConfigError('source: missing, and url too; '
+        'give the folder of your recordings, such as source=~/Music/jazz')
+    there = {p.parent.name for p in out.glob('*/recording.json')}
+    found, failed, silent, others = [], {}, {}, []
+    if cfg.source: found, failed, silent, others = _local(cfg, n_jobs, progress)
+    if urls:
+        online, refused, notes = _online(cfg, urls, progress)
+        found, failed = found+online, failed | refused
+    if not found and not failed and not silent:
+        raise ConfigError(f'source: no audio files in {cfg.source or ", ".join(urls)}')
+    before = {str(e.get('id')) for e in read_jsonl(out/'manifest.jsonl') if isinstance(e, dict)}
+    entries, same = _unique(found, before)
+    write_jsonl(out/'manifest.jsonl', entries.values())
     hours = {i: e['duration_s']/3600 for i,e in entries.items()}
-    return dict(done=sorted(entries), failed=failed, dropped=dropped, n_in=len(found)+len(failed)+silent, hours=sum(hours.values()),
-                made=sum(h for i,h in hours.items() if i not in there), notes=notes)
+    return dict(done=sorted(entries), failed=failed, dropped=silent | same,
+                hours=sum(hours.values()), made=sum(h for i,h in hours.items() if i not in there),
+                notes=[*notes, *others], n_in=len(found)+len(failed)+len(silent))

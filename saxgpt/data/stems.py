@@ -17,140 +17,183 @@ from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, yaml
 from fastcore.basics import patch
-from ..audio import SAMPLE_RATE, LoudnessMeter, TempAudio, in_blocks, loudness, resampled, stream, to_mono, write_stream
+from ..audio import (SAMPLE_RATE, LoudnessMeter, TempAudio, in_blocks, loudness, resampled,
+                          stream, to_mono, write_stream)
 from ..config import ConfigError, DataConfig, DemucsConfig
-from ..files import atomic_dir, content_hash, file_hash, is_name, map_parallel, read_json, read_manifest, read_tensors, write_jsonl, write_tensors
+from ..files import (atomic_dir, content_hash, file_hash, is_name, map_parallel, read_json,
+                          read_manifest, read_tensors, write_jsonl, write_tensors)
 from ..packages import needs
 from ..words import bar
 
 # %% ../../nbs/01_stem_separation.ipynb #1aa109da
-def gain_to(level:float, # loudness, LUFS
-            peak:float, # largest absolute sample
-            target:float=-20., # wanted loudness, LUFS
-            ceiling:float=.98)->float: # factor
-    "The gain that brings `level` to `target`, kept below clipping; 1 for silence"
+def gain_to(
+    level:float, # loudness, LUFS
+    peak:float, # largest absolute sample
+    target:float=-20., # wanted loudness, LUFS
+    ceiling:float=.98,
+)->float: # factor
+    "The gain that brings `level` to `target`, kept below clipping; 1 for silence."
     return min(10**((target-level)/20), ceiling/peak) if np.isfinite(level) else 1.
 
-def shared_gain(lead, backing, # (1, N) each
-                sr:int=SAMPLE_RATE)->float: # factor for both
-    "The gain that brings lead + backing to the target, kept below clipping; 1 for silence"
-    return gain_to(loudness(lead+backing, sr), max(float(np.abs(x).max()) for x in (lead, backing, lead+backing)))
+def shared_gain(
+    lead, backing, # (1, N) each
+    sr:int=SAMPLE_RATE, # Hz
+)->float: # factor for both
+    "The gain that brings lead + backing to the target, kept below clipping; 1 for silence."
+    peak = max(float(np.abs(x).max()) for x in (lead, backing, lead+backing))
+    return gain_to(loudness(lead+backing, sr), peak)
 
 # %% ../../nbs/01_stem_separation.ipynb #368017a0
-class StemError(ValueError): "A recording that cannot be taken apart"
+class StemError(ValueError): "A recording that cannot be taken apart."
 
-def lead_and_backing(stems:dict, # name -> (1, n)
-                     lead:str='lead', # the stem that holds the soloist
-                     mix=None)->tuple: # lead, backing: (1, n)
-    "The two halves of a recording; with `mix` they add up to it"
-    if lead not in stems: raise StemError(f'there is no stem {lead!r} among {", ".join(sorted(stems))}')
+def lead_and_backing(
+    stems:dict, # name -> (1, n)
+    lead:str='lead', # the stem that holds the soloist
+    mix=None, # (1, n)
+)->tuple: # lead, backing: (1, n)
+    "The two halves of a recording; with `mix` they add up to it."
+    if lead not in stems:
+        raise StemError(f'there is no stem {lead!r} among {", ".join(sorted(stems))}')
     l = stems[lead]
     if mix is not None: return l, mix-l
     if len(stems) < 2: raise StemError(f'there is no stem beside {lead!r} to be the backing')
-    return l, stems['backing'] if 'backing' in stems else sum(x for k,x in stems.items() if k != lead)
+    if 'backing' in stems: return l, stems['backing']
+    return l, sum(x for k,x in stems.items() if k != lead)
 
 # %% ../../nbs/01_stem_separation.ipynb #b697b26d
 FRAME = SAMPLE_RATE//5 # samples, of a frame in which bleed is measured
 
-def frame_powers(x)->np.ndarray: # (frames,), a rest at the end left out
-    "Mean power of each frame of a track (1, n) at 32 kHz"
+def frame_powers(
+    x, # (1, n), 32 kHz
+)->np.ndarray: # (frames,), a rest at the end left out
+    "Mean power of each frame of a track."
     return np.square(x[0,:x.shape[1]//FRAME*FRAME].reshape(-1, FRAME), dtype='f8').mean(1)
 
-def bleed_db(lead, mix, # powers of frames
-            )->float: # dB, -96 to 0, None without an audible frame
-    "How much of the mix is in the lead where the soloist rests: 10th percentile of the ratio"
+def bleed_db(
+    lead, mix, # powers of frames
+)->float: # dB, -96 (silence of 16 bits) to 0; None without an audible frame
+    "How much of the mix is in the lead where the soloist rests: 10th percentile of the ratio."
     if not len(mix) or mix.max() < 1e-9: return None
     heard = mix > 1e-4*mix.max()
-    return round(float(np.clip(np.percentile(10*np.log10(np.maximum(lead[heard], 1e-20)/mix[heard]), 10), -96, 0)), 1)
+    ratio = 10*np.log10(np.maximum(lead[heard], 1e-20)/mix[heard])
+    return round(float(np.clip(np.percentile(ratio, 10), -96, 0)), 1)
 
 # %% ../../nbs/01_stem_separation.ipynb #255aa981
-def _listed(repo, suffix): return {p.stem: p for p in sorted(Path(repo).iterdir()) if p.suffix == suffix}
+def _listed(repo, suffix):
+    return {p.stem: p for p in sorted(Path(repo).iterdir()) if p.suffix == suffix}
 
 def _bag(model, repo):
-    "What a local repository says about a model: its bag as a dict, and the files of its members"
+    "What a local repository says about a model: its bag as a dict, and the files of its members."
     if not Path(repo).is_dir(): raise ConfigError(f'demucs.repo: there is no folder {repo}')
     bags, members = _listed(repo, '.yaml'), {}
     for stem,p in _listed(repo, '.th').items():
         if members.setdefault(stem.rsplit('-', 1)[0], p) is not p:
             raise ConfigError(f'{p}: a second file of this model; delete all but one')
     if model not in bags and model not in members:
-        raise ConfigError(f'demucs.model: there is no {model!r} in {repo}; it has {", ".join([*bags, *members]) or "no models"}')
+        has = ", ".join([*bags, *members]) or "no models"
+        raise ConfigError(f'demucs.model: there is no {model!r} in {repo}; it has {has}')
     try: bag = yaml.safe_load(bags[model].read_text()) if model in bags else dict(models=[model])
     except (yaml.YAMLError, ValueError): bag = None
-    if not isinstance(bag, dict) or not isinstance(bag.get('models'), list) or not bag['models'] or not set(bag['models']) <= set(members):
-        raise ConfigError(f'{bags[model]}: does not list models that are in {repo}; copy the repository again')
-    return bag, [members[s] for s in bag['models']]
+    names = bag.get('models') if isinstance(bag, dict) else None
+    if not isinstance(names, list) or not names or not set(names) <= set(members):
+        raise ConfigError(f'{bags[model]}: does not list models that are in {repo}; '
+                          'copy the repository again')
+    return bag, [members[s] for s in names]
 
 # %% ../../nbs/01_stem_separation.ipynb #f41b1814
 def _member(path):
-    "A model from its .th file, of which nothing is run"
+    "A model from its .th file, of which nothing is run."
     import torch
     from demucs import apply, states
     content, kinds = path.read_bytes(), (apply.HTDemucs, apply.HDemucs, apply.Demucs)
-    if '-' in path.stem and not hashlib.sha256(content).hexdigest().startswith(path.stem.rsplit('-', 1)[1]):
-        raise StemError(f'{path}: damaged or tampered with, its content does not fit the checksum in its name; copy it again')
+    checksum = path.stem.rpartition('-')[2] if '-' in path.stem else ''
+    if not hashlib.sha256(content).hexdigest().startswith(checksum): raise StemError(
+        f'{path}: damaged or tampered with, its content does not fit the checksum in its name; '
+        'copy it again')
+    allowed = torch.serialization.safe_globals([*kinds, OrderedDict, Fraction])
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([*kinds, OrderedDict, Fraction]):
+        with warnings.catch_warnings(), allowed:
             warnings.simplefilter('ignore')
             package = torch.load(io.BytesIO(content), 'cpu', weights_only=True)
             if package['klass'] not in kinds: raise ValueError
             return states.load_model(package)
-    except (Exception, SystemExit): raise StemError(f'{path}: not a Demucs model, or one that would run code; it was not loaded') from None
+    except (Exception, SystemExit): raise StemError(
+        f'{path}: not a Demucs model, or one that would run code; it was not loaded') from None
 
 # %% ../../nbs/01_stem_separation.ipynb #ee0fdf59
 def _hub(model):
-    "A published model, from the cache or the hub: as safetensors, which run nothing"
+    "A published model, from the cache or the hub: as safetensors, which run nothing."
     with needs('Demucs', 'demucs', error=StemError): from demucs.hf import get_hf_model
     from huggingface_hub.utils import RepositoryNotFoundError, logging
     before = logging.get_verbosity()
-    logging.set_verbosity_error()                                              # it tells of every attempt
+    logging.set_verbosity_error()                           # it tells of every attempt
     try: return get_hf_model(model).eval()
-    except RepositoryNotFoundError:
-        raise ConfigError(f'demucs.model: Demucs has no model {model!r}; htdemucs_6s is the usual one') from None
-    except (Exception, SystemExit) as e:
-        raise StemError(f'the model {model} is not in the cache and cannot be fetched ({type(e).__name__}); '
-                        'connect to the internet once, or give a folder with it as demucs.repo') from None
+    except RepositoryNotFoundError: raise ConfigError(
+        f'demucs.model: Demucs has no model {model!r}; htdemucs_6s is the usual one') from None
+    except (Exception, SystemExit) as e: raise StemError(
+        f'the model {model} is not in the cache and cannot be fetched ({type(e).__name__}); '
+        'connect to the internet once, or give a folder with it as demucs.repo') from None
     finally: logging.set_verbosity(before)
 
+# %% ../../nbs/01_stem_separation.ipynb #f09b5d9a
 @lru_cache(1)
-def load_demucs(model:str, # name of a model
-                repo:str=None, # folder of a local repository, the hub when absent
-                name:str=None): # of the files, so that another content is loaded again
-    "The model, once per process; `StemError` or `ConfigError` in one line if it cannot be had"
-    if not repo and '/' in model: raise ConfigError(f'demucs.model: given {model!r}, a path; give a name, and the folder as demucs.repo')
+def load_demucs(
+    model:str, # its name
+    repo:str=None, # folder of a local repository, the hub when absent
+    name:str=None, # of the files, so that another content is loaded again
+):
+    "The model, once per process; raises `StemError` or `ConfigError` if it cannot be had."
+    if not repo and '/' in model: raise ConfigError(
+        f'demucs.model: given {model!r}, a path; give a name, and the folder as demucs.repo')
     if not repo: return _hub(model)
     with needs('Demucs', 'demucs', error=StemError): from demucs.apply import BagOfModels
     bag, files = _bag(model, repo)
-    try: return BagOfModels([_member(p) for p in files], bag.get('weights'), bag.get('segment')).eval()
-    except (AssertionError, TypeError):
-        raise StemError(f'{repo}: the models of {model} do not fit together; copy the repository again') from None
+    try: return BagOfModels([*map(_member, files)], bag.get('weights'), bag.get('segment')).eval()
+    except (AssertionError, TypeError): raise StemError(
+        f'{repo}: the models of {model} do not fit together; copy the repository again') from None
 
 # %% ../../nbs/01_stem_separation.ipynb #95153c5a
 @dataclass(frozen=True)
 class MixStats:
-    "What is known about a whole recording before it is taken apart"
+    "What is known about a whole recording, the mean of its channels, before it is taken apart."
     total: int # samples, at the separator's rate
-    mean: float # of the mean of its channels
-    std: float # of the mean of its channels
-    level: float # loudness of the mean of its channels, LUFS
-    peak: float # of the mean of its channels
+    mean: float
+    std: float
+    level: float # loudness, LUFS
+    peak: float
 
-    def scaled(self, gain:float): return replace(self, mean=gain*self.mean, std=gain*self.std, peak=gain*self.peak)
+    def scaled(self, gain:float):
+        return replace(self, mean=gain*self.mean, std=gain*self.std, peak=gain*self.peak)
 
-def measure(blocks, # iterable of (C, n)
-           sr:int)->MixStats:
-    "Go through a recording once, keeping its measures"
+def measure(
+    blocks, # iterable of (C, n)
+    sr:int, # Hz
+)->MixStats:
+    "Go through a recording once, keeping its measures."
     n, total, square, peak, meter = 0, 0., 0., 0., LoudnessMeter(sr)
     for x in blocks:
         x = to_mono(x).astype('f8')
         meter.add(x)
-        n, total, square, peak = n+x.shape[1], total+x.sum(), square+x[0]@x[0], max(peak, float(np.abs(x).max(initial=0.)))
+        n, total, square = n+x.shape[1], total+x.sum(), square+x[0]@x[0]
+        peak = max(peak, float(np.abs(x).max(initial=0.)))
     mean = total/max(n, 1)
-    return MixStats(n, float(mean), float(np.sqrt(max(0., square-n*mean**2)/max(n-1, 1))), meter.value, peak)
+    std = np.sqrt(max(0., square-n*mean**2)/max(n-1, 1))
+    return MixStats(n, float(mean), float(std), meter.value, peak)
 
 # %% ../../nbs/01_stem_separation.ipynb #7f0fde08
+def _segments(start, end, size, stride, shift): # samples
+    "Segments that reach into [start, end): begin, their part of that, the part of the segment."
+    for s in range(shift, end, stride):
+        a, b = max(s, start), min(s+size, end)
+        if a < b: yield s, slice(a-start, b-start), slice(a-s, b-s)
+
+def _fade(size): # triangular weights
+    import torch
+    half = size//2
+    return torch.cat([torch.arange(1, half+1), torch.arange(size-half, 0, -1)])/(size-half)
+
 def _threads(n, device):
-    "`map` in `n` threads that share the cores among them"
+    "`map` in `n` threads that share the cores among them."
     if n < 2 or str(device) != 'cpu': return map
     import torch
     def each(fn, items):
@@ -161,34 +204,17 @@ def _threads(n, device):
         finally: torch.set_num_threads(before)
     return each
 
-def _faded(net, x, at, start, stop, track, size, stride, shift, keep, n_jobs, device):
-    "What the segments of one chunk add to the recording, for one model and one shift: (kept sources, C, n)"
-    import torch
-    from demucs.apply import TensorChunk, apply_model
-    def run(s): return apply_model(net, TensorChunk(x, s-at, size), shifts=0, split=False, device=device)[0,keep].cpu()*track.std+track.mean
-    end, reach = min(track.total, stop+size), []
-    for s in range(shift, end, stride): # segments that reach into [start, end): begin, the part of [start, end), the part of the segment
-        a, b = max(s, start), min(s+size, end)
-        if a < b: reach.append((s, slice(a-start, b-start), slice(a-s, b-s)))
-    fade = torch.cat([torch.arange(1, size//2+1), torch.arange(size-size//2, 0, -1)])/(size-size//2)
-    out, weight = torch.zeros(len(keep), x.shape[1], end-start), torch.zeros(end-start)
-    for _,here,there in reach: weight[here] += fade[there]
-    mine = [r for r in reach if start <= r[0] < stop or start == 0 > r[0]]
-    for (_,here,there),y in zip(mine, _threads(n_jobs, device)(run, [s for s,*_ in mine])): out[...,here] += fade[there]*y[...,there]
-    return out/weight
-
 # %% ../../nbs/01_stem_separation.ipynb #1cca64ca
 class Demucs:
-    "Demucs as a separator: its settings, and a model that is loaded when it is needed, once per process"
+    "Demucs as a separator."
     chunk_s = 30. # seconds of audio between two savings
-
     def __init__(self, cfg:DemucsConfig, device:str='cpu'):
-        self.cfg, self.device, files = cfg, device, []
+        self.cfg, self.device, files = cfg, device, ''
         if cfg.repo:
-            bag, files = _bag(cfg.model, cfg.repo)
-            files = [bag.get('weights'), bag.get('segment'), *[p.name if '-' in p.stem else file_hash(p) for p in files]]
-        self.name = f'{cfg.model} {content_hash(files) if files else ""} splits={cfg.n_splits} shifts={cfg.n_shifts}'
-
+            bag, members = _bag(cfg.model, cfg.repo)
+            names = [p.name if '-' in p.stem else file_hash(p) for p in members]
+            files = content_hash([bag.get('weights'), bag.get('segment'), *names])
+        self.name = f'{cfg.model} {files} splits={cfg.n_splits} shifts={cfg.n_shifts}'
     @property
     def model(self): return load_demucs(self.cfg.model, self.cfg.repo, self.name)
     @property
@@ -202,62 +228,103 @@ class Demucs:
     @property
     def margin_s(self)->float: return float(self.segment)+.5
     def _models(self):
-        m = self.model
-        return (m.models, m.weights) if hasattr(m, 'models') else ([m], [[1.]*len(m.sources)])
+        m, one = self.model, [[1.]*len(self.sources)]
+        return (m.models, m.weights) if hasattr(m, 'models') else ([m], one)
 
-    def separate(self, x, # (C, n)
-                 sr:int)->dict: # source -> (C, n)
-        "Separate a sound that fits into memory"
-        if sr != self.sample_rate: raise StemError(f'{self.cfg.model} works at {self.sample_rate} Hz; given {sr} Hz')
-        return self.piece(x, 0, 0, x.shape[1], measure([x], sr), self.sources)
+# %% ../../nbs/01_stem_separation.ipynb #9630ce6f
+@patch
+def _faded(self:Demucs, net, x, at, start, stop, track, shift, keep):
+    "What a chunk adds to the recording, for one model and one shift: (kept sources, C, n)."
+    import torch
+    from demucs.apply import TensorChunk, apply_model
+    size = int(self.sample_rate*self.segment)
+    stride, end = int((1-(1-1/self.cfg.n_splits))*size), min(track.total, stop+size)
+    def run(s):
+        y = apply_model(net, TensorChunk(x, s-at, size), shifts=0, split=False, device=self.device)
+        return y[0,keep].cpu()*track.std+track.mean
+    reach, fade = list(_segments(start, end, size, stride, shift)), _fade(size)
+    out, weight = torch.zeros(len(keep), x.shape[1], end-start), torch.zeros(end-start)
+    for _,here,there in reach: weight[here] += fade[there]
+    mine = [r for r in reach if start <= r[0] < stop or start == 0 > r[0]]
+    each = _threads(min(self.cfg.n_jobs, os.cpu_count() or 1), self.device)
+    for (_,here,there),y in zip(mine, each(run, [s for s,*_ in mine])):
+        out[...,here] += fade[there]*y[...,there]
+    return out/weight
 
 # %% ../../nbs/01_stem_separation.ipynb #fd05d8de
 @patch
-def piece(self:Demucs, x, # (C, n), the samples from `at` on
-          at:int, start:int, stop:int, # samples of the recording: where `x` begins, the chunk
-          track:MixStats,
-          names:list=None)->dict: # source -> (C, m), from `start` on, to be added up; what the settings need when `names` is absent
-    "Separate a chunk of a recording"
+def piece(
+    self:Demucs,
+    x, # (C, n), the samples from `at` on
+    at:int, # sample of the recording where `x` begins
+    start:int, stop:int, # samples of the recording: the chunk
+    track:MixStats,
+    names:list=None, # sources wanted; those that the settings need when absent
+)->dict: # source -> (C, m), from `start` on, to be added up
+    "Separate a chunk of a recording."
     import torch
-    half, size, rng = int(.5*self.sample_rate), int(self.sample_rate*self.segment), random.Random(0)
-    x = torch.nn.functional.pad((torch.from_numpy(x)-track.mean)/(track.std+1e-8), (half*(at == 0), 0))[None]
-    stride, jobs = int((1-(1-1/self.cfg.n_splits))*size), min(self.cfg.n_jobs, os.cpu_count() or 1)
-    if self.cfg.lead not in self.sources: raise StemError(f'demucs.lead: {self.cfg.lead!r} is none of {", ".join(self.sources)}')
-    names = names or ([self.cfg.lead] if self.cfg.backing == 'residual' else self.sources)
-    keep, (models, weights), out = [self.sources.index(k) for k in names], self._models(), 0.
-    for net,share in zip(models, (torch.tensor(weights)/torch.tensor(weights).sum(0))[:,keep]):
+    half, rng, sources, lead = self.sample_rate//2, random.Random(0), self.sources, self.cfg.lead
+    if lead not in sources:
+        raise StemError(f'demucs.lead: {lead!r} is none of {", ".join(sources)}')
+    names = names or ([lead] if self.cfg.backing == 'residual' else sources)
+    before, x = half*(at == 0), (torch.from_numpy(x)-track.mean)/(track.std+1e-8)
+    x = torch.nn.functional.pad(x, (before, 0))[None]
+    keep, (models, weights), out = [sources.index(k) for k in names], self._models(), 0.
+    shares = torch.tensor(weights)/torch.tensor(weights).sum(0)
+    for net,share in zip(models, shares[:,keep]):
         for shift in [rng.randint(0, half)-half for _ in range(self.cfg.n_shifts)] or [0]:
-            y = _faded(net, x, at-half*(at == 0), start, stop, track, size, stride, shift, keep, jobs, self.device)
+            y = self._faded(net, x, at-before, start, stop, track, shift, keep)
             out = out+share[:,None,None]*y/max(1, self.cfg.n_shifts)
     return dict(zip(names, out.numpy()))
 
+# %% ../../nbs/01_stem_separation.ipynb #e03779b2
+@patch
+def separate(self:Demucs, x, sr:int)->dict: # (C, n), Hz; source -> (C, n)
+    "Separate a sound that fits into memory."
+    if sr != self.sample_rate:
+        raise StemError(f'{self.cfg.model} works at {self.sample_rate} Hz; given {sr} Hz')
+    return self.piece(x, 0, 0, x.shape[1], measure([x], sr), self.sources)
+
 # %% ../../nbs/01_stem_separation.ipynb #a759e21b
-def chunks(blocks, # iterable of (C, n)
-           total:int, size:int, margin:int): # samples; yields (start, stop, at, x): x (C, n) begins at sample `at`
-    "Cut a stream into chunks, each with what is around it"
+def chunks(
+    blocks, # iterable of (C, n)
+    total:int, size:int, margin:int, # samples
+): # yields (start, stop, at, x): x (C, n) begins at sample `at`
+    "Cut a stream into chunks, each with what is around it."
     x, at, blocks = None, 0, iter(blocks)
     for start in range(0, total, size):
         stop = min(start+size, total)
         while x is None or at+x.shape[1] < min(stop+margin, total):
-            if (b := next(blocks, None)) is None: raise StemError('became shorter while it was read; try again')
+            b = next(blocks, None)
+            if b is None: raise StemError('became shorter while it was read; try again')
             x = b if x is None else np.concatenate([x, b], 1)
         x, at = x[:,max(0, start-margin)-at:], max(0, start-margin)
         yield start, stop, at, np.ascontiguousarray(x[:,:min(stop+margin, total)-at])
 
-def separate_chunk(separator, x, at, start, stop, track:MixStats, sr)->dict: # name -> float32 (C, n), from `start` on
-    "One chunk through a separator"
-    if hasattr(separator, 'piece'): stems, cut = separator.piece(x, at, start, stop, track), slice(None)
+# %% ../../nbs/01_stem_separation.ipynb #71052a3b
+def separate_chunk(
+    separator,
+    x, at, start, stop, # as from `chunks`
+    track:MixStats,
+    sr, # Hz
+)->dict: # name -> float32 (C, n), from `start` on
+    "One chunk through a separator."
+    if hasattr(separator, 'piece'):
+        stems, cut = separator.piece(x, at, start, stop, track), slice(None)
     else: stems, cut = separator.separate(x, sr), slice(start-at, stop-at)
     stems = {k: np.atleast_2d(np.asarray(v, dtype='f4')) for k,v in stems.items()}
     for k,v in stems.items():
-        if cut.stop and v.shape[1] != x.shape[1]:
-            raise StemError(f'the separator made {v.shape[1]} samples of {k!r} from {x.shape[1]}; it must keep the length')
-        if not np.isfinite(v).all(): raise StemError(f'the separator made samples of {k!r} that are NaN or infinite')
+        if cut.stop and v.shape[1] != x.shape[1]: raise StemError('the separator made '
+            f'{v.shape[1]} samples of {k!r} from {x.shape[1]}; it must keep the length')
+        if not np.isfinite(v).all():
+            raise StemError(f'the separator made samples of {k!r} that are NaN or infinite')
     return {k: v[:,cut] for k,v in stems.items()}
 
 # %% ../../nbs/01_stem_separation.ipynb #282673bc
-def overlap_add(parts): # iterable of (start, (C, n)), in order, each reaching as far as the one before it; yields (C, n)
-    "Chunks that overlap, added up to a stream"
+def overlap_add(
+    parts, # iterable of (start, (C, n)), in order, each reaching as far as the one before it
+): # yields (C, n)
+    "Chunks that overlap, added up to a stream."
     tail, at = None, 0
     for start,x in parts:
         if tail is not None:
@@ -269,79 +336,98 @@ def overlap_add(parts): # iterable of (start, (C, n)), in order, each reaching a
 
 # %% ../../nbs/01_stem_separation.ipynb #47313937
 def _heard(blocks, channels):
-    "A stream with the number of channels that is wanted"
+    "A stream with the number of channels that is wanted."
     for x in blocks: yield x if channels in (None, len(x)) else np.repeat(to_mono(x), channels, 0)
 
 def _saved(path, start, stop):
-    "A finished chunk; None if it is absent or damaged"
-    try: tensors, told = read_tensors(path, 'np')
+    "A finished chunk; None if it is absent or damaged."
+    try: tensors, about = read_tensors(path, 'np')
     except (OSError, ValueError): return None
-    return tensors['stems'] if told.get('chunk') == f'{start} {stop} {zlib.crc32(tensors["stems"])}' else None
+    x = tensors['stems']
+    return x if about.get('chunk') == f'{start} {stop} {zlib.crc32(x)}' else None
 
 def _save(path, x, start, stop):
     x = np.ascontiguousarray(x, 'f4')
     write_tensors(path, dict(stems=x), dict(chunk=f'{start} {stop} {zlib.crc32(x)}'))
 
 # %% ../../nbs/01_stem_separation.ipynb #c9617be9
-def separate_recording(path, # of a mix
-               separator, cfg:DemucsConfig,
-               work, # folder for the chunks
-               tick=None)->tuple: # generator function of (start, (1 or 2, n)), rate in Hz, gain before, seconds that were separated now
-    "Separate a recording into files of chunks; what is there already stays"
-    asked = dict(sample_rate=None, channels=None, chunk_s=60., margin_s=10.)
-    sr, channels, chunk_s, margin_s = (getattr(separator, k, v) for k,v in asked.items())
+def _separate(separator, cfg, gain, chunk, track, sr): # lead, and the sum of the rest if needed
+    start, stop, at, x = chunk
+    stems = separate_chunk(separator, np.float32(gain)*x, at, start, stop, track.scaled(gain), sr)
+    stems = {k: to_mono(v) for k,v in stems.items()}
+    residual = cfg.backing == 'residual'
+    pair = lead_and_backing(stems, cfg.lead, stems.get(cfg.lead) if residual else None)
+    return pair[0] if residual else np.concatenate(pair)
+
+def _parts(spans): # yields (start, (1 or 2, n))
+    for p,start,stop in spans:
+        x = _saved(p, start, stop)
+        if x is None: raise StemError(f'{p}: was damaged after it was made; try again')
+        yield start, x
+
+# %% ../../nbs/01_stem_separation.ipynb #02ce56c6
+def separate_recording(
+    path, # of a mix
+    separator, cfg:DemucsConfig,
+    work, # folder for the chunks
+    tick=None, # called with the seconds of each chunk
+)->tuple: # generator function of (start, (1 or 2, n)), rate in Hz, gain before, seconds done now
+    "Separate a recording into files of chunks; what is there already stays."
+    defaults = dict(sample_rate=None, channels=None, chunk_s=60., margin_s=10.)
+    sr, channels, chunk_s, margin_s = (getattr(separator, k, v) for k,v in defaults.items())
     sound, made, spans = stream(path, sr), 0., []
     track, sr = measure(_heard(sound, channels), sound.sr), sound.sr
     if not track.total: raise StemError(f'{path}: too short, nothing is left of it at {sr} Hz')
     gain = gain_to(track.level, track.peak) if cfg.normalize_before else 1.
-    for start,stop,at,x in chunks(_heard(sound, channels), track.total, max(1, int(chunk_s*sr)), int(margin_s*sr)):
-        spans.append((Path(work)/f'{len(spans):04}.safetensors', start, stop))
+    sizes = max(1, int(chunk_s*sr)), int(margin_s*sr)
+    for chunk in chunks(_heard(sound, channels), track.total, *sizes):
+        start, stop = chunk[:2]
+        path, seconds = Path(work)/f'{len(spans):04}.safetensors', (stop-start)/sr
+        spans.append((path, start, stop))
         if _saved(*spans[-1]) is None:
-            stems = {k: to_mono(v) for k,v in separate_chunk(separator, np.float32(gain)*x, at, start, stop, track.scaled(gain), sr).items()}
-            pair = lead_and_backing(stems, cfg.lead, stems[cfg.lead] if cfg.backing == 'residual' and cfg.lead in stems else None)
-            _save(spans[-1][0], pair[0] if cfg.backing == 'residual' else np.concatenate(pair), start, stop)
-            made += (stop-start)/sr
-        if tick: tick((stop-start)/sr)
-    def parts():
-        for p,start,stop in spans:
-            if (x := _saved(p, start, stop)) is None: raise StemError(f'{p}: was damaged after it was made; try again')
-            yield start, x
-    return parts, sr, gain, made
+            _save(path, _separate(separator, cfg, gain, chunk, track, sr), start, stop)
+            made += seconds
+        if tick: tick(seconds)
+    return partial(_parts, spans), sr, gain, made
 
 # %% ../../nbs/01_stem_separation.ipynb #2233d1bc
 BLOCK = 30*SAMPLE_RATE # samples
 
-def regular(blocks, # iterable of (R, n)
-            size:int=BLOCK): # samples
-    "The same stream in blocks of `size`, the last one shorter"
-    kept = None
+def regular(
+    blocks, # iterable of (R, n)
+    size:int=BLOCK, # samples
+):
+    "The same stream in blocks of `size`, the last one shorter."
+    buffer = None
     for x in blocks:
-        kept = x if kept is None else np.concatenate([kept, x], 1)
-        while kept.shape[1] >= size:
-            yield kept[:,:size]
-            kept = kept[:,size:]
-    if kept is not None and kept.shape[1]: yield kept
+        buffer = x if buffer is None else np.concatenate([buffer, x], 1)
+        while buffer.shape[1] >= size:
+            yield buffer[:,:size]
+            buffer = buffer[:,size:]
+    if buffer is not None and buffer.shape[1]: yield buffer
 
 # %% ../../nbs/01_stem_separation.ipynb #e0e6313f
-def pairs_of_mix(path, parts, sr, gain, backing='residual'): # yields lead, backing: (1, n) at 32 kHz
-    "Lead and backing of a mix and its chunks, aligned to the sample"
+def pairs_of_mix(path, parts, sr, gain, backing='residual'): # yields lead, backing: (1, n)
+    "Lead and backing of a mix and its chunks, aligned to the sample."
     rows = regular(resampled(overlap_add(parts), sr, SAMPLE_RATE))
     for mix in regular(stream(path, SAMPLE_RATE, mono=True)):
         x = next(rows, mix[:,:0])[:,:mix.shape[1]]
-        x = np.pad(x, ((0, 0), (0, mix.shape[1]-x.shape[1])))                  # the ends may differ by a sample
+        x = np.pad(x, ((0, 0), (0, mix.shape[1]-x.shape[1])))  # the ends may differ by a sample
         yield x[:1], np.float32(gain)*mix-x[:1] if backing == 'residual' else x[1:]
 
 def pairs_of_stems(paths): # name -> path; yields lead, backing: (1, n) at 32 kHz
-    "Lead and backing of a recording that came as stems, cut to the shortest"
+    "Lead and backing of a recording that came as stems, cut to the shortest."
     for blocks in zip(*[regular(stream(p, SAMPLE_RATE, mono=True)) for p in paths.values()]):
         n = min(x.shape[1] for x in blocks)
         yield lead_and_backing({k: x[:,:n] for k,x in zip(paths, blocks)})
 
 # %% ../../nbs/01_stem_separation.ipynb #deb388d3
 class Measures:
-    "What has to be known of two tracks, given in blocks"
+    "What has to be known of two tracks, given in blocks."
     def __init__(self, loud:bool): # whether they go to the target, or just below full scale
-        self.loud, self.n, self.meter, self.peak, self.stem_peak, self.powers = loud, 0, LoudnessMeter(SAMPLE_RATE), 0., 0., []
+        self.loud, self.n, self.meter = loud, 0, LoudnessMeter(SAMPLE_RATE)
+        self.peak = self.stem_peak = 0.
+        self.powers = []
 
     def add(self, lead, backing): # (1, n) each; n a multiple of `FRAME` but for the last
         mix, top = lead+backing, lambda x: float(np.abs(x).max(initial=0.))
@@ -355,10 +441,12 @@ class Measures:
         return gain_to(self.meter.value, self.peak) if self.loud else 1/max(1., self.stem_peak)
 
 # %% ../../nbs/01_stem_separation.ipynb #c3be9be0
-def write_pair(pairs, # iterable of lead, backing: (1, n) at 32 kHz
-               folder, # exists
-               loud:bool=True)->Measures: # loud: bring them to the target
-    "Write `lead.wav` and `backing.wav` with one gain; bounded memory"
+def write_pair(
+    pairs, # iterable of lead, backing: (1, n) at 32 kHz
+    folder, # exists
+    loud:bool=True, # bring them to the target
+)->Measures:
+    "Write `lead.wav` and `backing.wav` with one gain."
     m = Measures(loud)
     with TempAudio(folder) as spool:
         for lead,backing in pairs:
@@ -366,101 +454,136 @@ def write_pair(pairs, # iterable of lead, backing: (1, n) at 32 kHz
             spool.add(np.concatenate([lead, backing]))
         if not m.n: raise StemError('too short, nothing is left of it at 32 kHz')
         gain = np.float32(m.gain)
-        for i,name in enumerate(('lead', 'backing')): write_stream(Path(folder)/f'{name}.wav', (gain*x[i:i+1] for x in in_blocks(spool, BLOCK)))
+        for i,name in enumerate(('lead', 'backing')):
+            blocks = (gain*x[i:i+1] for x in in_blocks(spool, BLOCK))
+            write_stream(Path(folder)/f'{name}.wav', blocks)
     return m
 
 # %% ../../nbs/01_stem_separation.ipynb #6cacda07
-def separator_name(separator): return getattr(separator, 'name', f'{type(separator).__module__}.{type(separator).__qualname__}')
+def separator_name(separator):
+    kind = type(separator)
+    return getattr(separator, 'name', f'{kind.__module__}.{kind.__qualname__}')
 
 def _made_by(entry, cfg, separator):
-    "Hash of everything that decides what the stems of a recording are"
-    d = cfg.demucs
-    if entry['kind'] == 'stems': return content_hash('stems 2', entry['id'], d.normalize_before or d.normalize_after)
-    return content_hash('mix 2', entry['id'], d.lead, d.backing, d.normalize_before, d.normalize_after, separator_name(separator))
+    "Hash of everything that decides what the stems of a recording are."
+    d, id = cfg.demucs, entry['id']
+    loud = d.normalize_before or d.normalize_after
+    if entry['kind'] == 'stems': return content_hash('stems 2', id, loud)
+    how = d.lead, d.backing, d.normalize_before, d.normalize_after
+    return content_hash('mix 2', id, *how, separator_name(separator))
 
 def _found(entry, cfg, made):
-    "What an earlier run noted, if it made the same"
+    "What an earlier run noted, if it made the same."
     try: old = read_json(Path(cfg.data_paths.stems_dir)/entry['id']/'stems.json')
     except (OSError, ValueError): return None
     return dict(old, title=entry['title']) if old.get('settings') == made else None
 
 # %% ../../nbs/01_stem_separation.ipynb #d56ccb0e
 def _make(entry, cfg, separator=None, tick=None):
-    "Stems of one recording: what is in stems.json, and the seconds of audio that were worked on"
-    made, d, src = _made_by(entry, cfg, separator), cfg.demucs, Path(cfg.data_paths.dl_dir)/entry['id']
+    "Stems of one recording: what is in stems.json, and the seconds of audio that were worked on."
+    made, d, id = _made_by(entry, cfg, separator), cfg.demucs, entry['id']
     if old := _found(entry, cfg, made): return old, 0.
-    paths, out, gain, work = {k: src/f for k,f in entry['files'].items()}, Path(cfg.data_paths.stems_dir), 1., None
+    src, out, gain, work = Path(cfg.data_paths.dl_dir)/id, Path(cfg.data_paths.stems_dir), 1., None
+    paths = {k: src/f for k,f in entry['files'].items()}
     if mixed := entry['kind'] != 'stems':
-        work = out/'.work'/f'{entry["id"]}-{made}'
+        work = out/'.work'/f'{id}-{made}'
         parts, sr, gain, seconds = separate_recording(paths['mix'], separator, d, work, tick)
         pairs = pairs_of_mix(paths['mix'], parts(), sr, gain, d.backing)
     else: pairs = pairs_of_stems(paths)
-    with atomic_dir(out/entry['id']) as tmp:
+    with atomic_dir(out/id) as tmp:
         m = write_pair(pairs, tmp, d.normalize_after or (d.normalize_before and not mixed))
-        info = dict(recording=entry['id'], title=entry['title'], duration_s=round(m.n/SAMPLE_RATE, 3),
-                    gain_db=round(20*float(np.log10(gain*m.gain)), 6), bleed_db=bleed_db(*map(np.concatenate, zip(*m.powers))),
+        bleed = bleed_db(*map(np.concatenate, zip(*m.powers)))
+        info = dict(recording=id, title=entry['title'], duration_s=round(m.n/SAMPLE_RATE, 3),
+                    gain_db=round(20*float(np.log10(gain*m.gain)), 6), bleed_db=bleed,
                     separator=separator_name(separator) if mixed else None, settings=made)
         (tmp/'stems.json').write_text(json.dumps(info))
     if mixed: shutil.rmtree(work)
     return info, seconds if mixed else m.n/SAMPLE_RATE
 
-def separate(entry:dict, # a line of the manifest
-             cfg:DataConfig, separator=None)->dict: # what is in stems.json
-    "Make `2_stems/ID/{lead,backing}.wav` and `stems.json`; what is there already stays"
+def separate(entry:dict, cfg:DataConfig, separator=None)->dict: # line of the manifest -> stems.json
+    "Make `2_stems/ID/{lead,backing}.wav` and `stems.json`; what is there already stays."
     if separator is None and entry['kind'] != 'stems': separator = Demucs(cfg.demucs)
     return _make(entry, cfg, separator)[0]
 
 # %% ../../nbs/01_stem_separation.ipynb #7d08dde1
 def _separated(mixes, cfg, separator, n_jobs, progress):
-    "Results for recordings that are mixes; in this process the bar moves within each"
+    "Results for recordings that are mixes; in this process the bar moves within each."
     work, seconds = partial(_make, cfg=cfg, separator=separator), lambda m: m['duration_s']
-    if not isinstance(n_jobs, int): return map_parallel(work, mixes, n_jobs, 'separation' if progress else None, seconds)
-    sources, heard = getattr(separator, 'sources', None), 0.
-    if sources and cfg.demucs.lead not in sources:
-        raise ConfigError(f'demucs.lead: {cfg.demucs.lead!r} is none of the sources of {cfg.demucs.model if isinstance(separator, Demucs) else separator_name(separator)}: {", ".join(sources)}')
-    with bar(total=round(sum(map(seconds, mixes))), desc='separation', unit=' s', disable=not progress) as shown:
+    if not isinstance(n_jobs, int):
+        return map_parallel(work, mixes, n_jobs, 'separation' if progress else None, seconds)
+    sources, heard, lead = getattr(separator, 'sources', None), 0., cfg.demucs.lead
+    if sources and lead not in sources:
+        name = cfg.demucs.model if isinstance(separator, Demucs) else separator_name(separator)
+        raise ConfigError(f'demucs.lead: {lead!r} is none of the sources of {name}: '
+                          f'{", ".join(sources)}')
+    total = round(sum(map(seconds, mixes)))
+    with bar(total=total, desc='separation', unit=' s', disable=not progress) as shown:
         def tick(seconds):
             nonlocal heard
             heard += seconds
             shown.update(round(heard)-shown.n)
         return map_parallel(partial(work, tick=tick), mixes)
 
+# %% ../../nbs/01_stem_separation.ipynb #fab5cf64
 def _why(e):
-    "A failure in one line"
+    "A failure in one line."
     said = (str(e).strip().splitlines() or [''])[0]
-    return said if said and isinstance(e, (ValueError, OSError)) else f'{type(e).__name__}: {said}'.rstrip(': ')
+    named = said and isinstance(e, (ValueError, OSError))
+    return said if named else f'{type(e).__name__}: {said}'.rstrip(': ')
 
 def _tidy(work, going_on):
-    "Remove the chunks of recordings that are done, or are made in another way now"
+    "Remove the chunks that are in work no longer."
     if not work.is_dir() or work.is_symlink(): return
     for p in work.iterdir():
         if p.name not in going_on: shutil.rmtree(p, ignore_errors=True)
     if not any(work.iterdir()): work.rmdir()
 
 # %% ../../nbs/01_stem_separation.ipynb #df2bc7a2
-def run(cfg:DataConfig, device='cpu', separator=None, # any object with `separate`; Demucs when absent
-        n_jobs=1, # processes for recordings that came as stems; an object as in `map_parallel` for all
-        progress:bool=False)->dict: # done: ids, failed: {title: reason}, n_in, hours, made: hours that were worked on, notes
-    "Stems of every recording in the manifest of `dl_dir`; writes `stems_dir/manifest.jsonl`"
-    out, files = Path(cfg.data_paths.stems_dir), lambda f: isinstance(f, dict) and all(map(is_name, f.values()))
-    entries = read_manifest(Path(cfg.data_paths.dl_dir)/'manifest.jsonl', id=is_name, files=files, title=str, kind=str, duration_s=(int, float))
-    if not entries: raise StemError(f'{cfg.data_paths.dl_dir}: no manifest.jsonl with recordings; run the download stage first')
-    if separator is None and any(e['kind'] != 'stems' for e in entries): separator = Demucs(cfg.demucs, device)
+def _entries(cfg): # of the manifest of recordings
+    def files(f): return isinstance(f, dict) and all(map(is_name, f.values()))
+    dl_dir = cfg.data_paths.dl_dir
+    entries = read_manifest(Path(dl_dir)/'manifest.jsonl', id=is_name, files=files, title=str,
+                            kind=str, duration_s=(int, float))
+    if entries: return entries
+    raise StemError(f'{dl_dir}: no manifest.jsonl with recordings; run the download stage first')
+
+def _work(todo, n, cfg, separator, n_jobs, progress): # [(entry, result or exception)]
+    came, mixes = [[e for e in todo if (e['kind'] == 'stems') == k] for k in (True, False)]
+    desc = 'stems' if progress and came else None
+    results = map_parallel(partial(_make, cfg=cfg), came, n_jobs, desc, lambda e: e['duration_s'])
+    try: return results + (_separated(mixes, cfg, separator, n_jobs, progress) if mixes else [])
+    except StemError as e:                                                     # no model
+        if len(mixes) == n: raise
+        return results + [(m, e) for m in mixes]
+
+def _bleed_note(infos):
+    db = sorted(i['bleed_db'] for i in infos if i['separator'] and i['bleed_db'] is not None)
+    if not db: return []
+    return [f'bleed of the band into the lead: {np.median(db):.1f} dB in the median, '
+            f'{db[-1]} dB at worst']
+
+# %% ../../nbs/01_stem_separation.ipynb #6e0015cd
+def run(
+    cfg:DataConfig,
+    device='cpu', # of the separator
+    separator=None, # any object with `separate`; Demucs when absent
+    n_jobs=1, # processes for recordings that came as stems; an object as in `map_parallel` for all
+    progress:bool=False, # show bars
+)->dict: # done: ids, failed: {title: reason}, n_in, hours, made: hours that were worked on, notes
+    "Stems of every recording in the manifest of `dl_dir`; writes `stems_dir/manifest.jsonl`."
+    out, entries = Path(cfg.data_paths.stems_dir), _entries(cfg)
+    if separator is None and any(e['kind'] != 'stems' for e in entries):
+        separator = Demucs(cfg.demucs, device)
     keys = {e['id']: _made_by(e, cfg, separator) for e in entries}
     infos = {e['id']: old for e in entries if (old := _found(e, cfg, keys[e['id']]))}
-    stems, mixes = [[e for e in entries if e['id'] not in infos and (e['kind'] == 'stems') == came] for came in (True, False)]
-    results = map_parallel(partial(_make, cfg=cfg), stems, n_jobs, 'stems' if progress and stems else None, lambda e: e['duration_s'])
-    try: results += _separated(mixes, cfg, separator, n_jobs, progress) if mixes else []
-    except StemError as e:                                                      # no model
-        if len(mixes) == len(entries): raise
-        results += [(m, e) for m in mixes]
+    todo = [e for e in entries if e['id'] not in infos]
+    results = _work(todo, len(entries), cfg, separator, n_jobs, progress)
     good = {e['id']: r for e,r in results if not isinstance(r, Exception)}
     failed = {e['title']: _why(r) for e,r in results if isinstance(r, Exception)}
     infos |= {i: r[0] for i,r in good.items()}
     _tidy(out/'.work', {f'{i}-{k}' for i,k in keys.items() if i not in infos})
     infos = [infos[e['id']] for e in entries if e['id'] in infos]
     write_jsonl(out/'manifest.jsonl', infos)
-    bleeds = sorted(i['bleed_db'] for i in infos if i['separator'] and i['bleed_db'] is not None)
-    notes = [f'bleed of the band into the lead: {np.median(bleeds):.1f} dB in the median, {bleeds[-1]} dB at worst'] if bleeds else []
-    return dict(done=[i['recording'] for i in infos], failed=failed, n_in=len(entries), hours=sum(i['duration_s'] for i in infos)/3600,
-                made=sum(r[1] for r in good.values())/3600, notes=notes)
+    return dict(done=[i['recording'] for i in infos], failed=failed, n_in=len(entries),
+                hours=sum(i['duration_s'] for i in infos)/3600,
+                made=sum(r[1] for r in good.values())/3600, notes=_bleed_note(infos))

@@ -16,7 +16,7 @@ from .arrangement import ENDINGS, INTROS, STOPS
 from .feels import BANDS, FEELS, draw_part, harmonies_of, programs_of, tracks_of
 from .recording import draw_recording
 from .soloist import SAXOPHONES
-from .synth import DEFAULT_FONT, corpus_fonts, load_font
+from .soundfont import DEFAULT_FONT, corpus_fonts, load_font
 
 # %% ../../nbs/12h_world.ipynb #c56bac2e
 def race(

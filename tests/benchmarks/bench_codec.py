@@ -13,7 +13,8 @@ from scipy.signal import butter, fftconvolve, sosfilt
 
 from saxgpt.codec import load_codec
 from saxgpt.demo import _frame, compose
-from saxgpt.music.synth import load_font, render_lead
+from saxgpt.music.soundfont import load_font
+from saxgpt.music.synth import render_lead
 from saxgpt.training.codec import mel_distance, voiced_pitch
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
