@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FULL', 'WriteError', 'reason', 'atomic_path', 'replace_dir', 'atomic_dir', 'expanded', 'output_path', 'file_hash',
-           'content_hash', 'open_own', 'append_jsonl', 'read_jsonl', 'read_json', 'write_text', 'write_jsonl',
-           'is_name', 'read_table', 'read_manifest', 'prune', 'save_picture', 'write_tensors', 'read_tensors',
-           'tensor_shapes', 'read_weights', 'unfilled', 'remove_leftovers', 'locked', 'try_call', 'safe_imports',
-           'Processes', 'map_parallel']
+           'content_hash', 'open_own', 'append_jsonl', 'json_lines', 'read_jsonl', 'read_json', 'write_text',
+           'write_jsonl', 'is_name', 'read_manifest', 'read_table', 'prune', 'save_picture', 'write_tensors',
+           'read_tensors', 'tensor_shapes', 'read_weights', 'unfilled', 'remove_leftovers', 'locked', 'try_call',
+           'safe_imports', 'Processes', 'map_parallel']
 
 # %% ../nbs/10a_files.ipynb #969a8b6b
 import csv, errno, hashlib, json, multiprocessing as mp, os, re, shutil, signal, stat, sys, threading, time
@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 
 from .packages import drawing
@@ -36,7 +37,7 @@ def _reason(e): return e.strerror or reason(e)
 
 @contextmanager
 def _writing(path):
-    "A full disk, told with the name of what was being made; the system names none, or the file that was copied."
+    "A full disk, told with the name of what was being made."
     try: yield
     except WriteError as e: raise WriteError(f'{path}: {str(e).split(": ", 1)[-1]}') from None
     except OSError as e:
@@ -54,14 +55,16 @@ _umask = os.umask(0o22)
 os.umask(_umask)
 
 def _sync(path):
-    "Push a file or a folder's entries to the disk, where the system can, with the rights a new file has (some libraries make private ones)."
-    if path.is_file() and path.stat().st_nlink == 1: path.chmod(0o666 & ~_umask)   # a linked file is somebody else's too
+    "Push a file or a folder's entries to the disk, with the rights that a new file has."
+    if path.is_file() and path.stat().st_nlink == 1:                # a linked file is somebody else's too
+        path.chmod(0o666 & ~_umask)                                  # some libraries make private ones
     try: fd = os.open(path, os.O_RDONLY)
     except OSError: return
     try: os.fsync(fd)
     except OSError: pass
     finally: os.close(fd)
 
+# %% ../nbs/10a_files.ipynb #5c34cd01
 @contextmanager
 def atomic_path(
     path, # the file to make; its folder is made too
@@ -82,7 +85,7 @@ def replace_dir(
     source, # a whole folder on the same disk
     path, # its new name, which may be taken
 ):
-    "Give a folder another name; what had that name is kept until the new one has it, through a kill too (see `remove_leftovers`)."
+    "Give a folder another name; what had that name is kept until then (see `remove_leftovers`)."
     path = Path(path)
     old = _aside(path, '+')
     try:
@@ -93,6 +96,7 @@ def replace_dir(
         if os.path.lexists(old) and not os.path.lexists(path): os.replace(old, path)
         shutil.rmtree(old.parent, ignore_errors=True)
 
+# %% ../nbs/10a_files.ipynb #f931af90
 @contextmanager
 def atomic_dir(
     path, # the folder to make or to replace
@@ -131,6 +135,18 @@ def _replaces(path, source, folder):
     files = [source, *source.rglob('*')] if os.path.exists(path) and source.is_dir() else [source]
     return any(_same(path, p) for p in files)
 
+def _try_to_write(path, other):
+    "Make a file of this name beside it, and remove that."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial = _aside(path)
+        try: trial.touch()
+        finally: shutil.rmtree(trial.parent, ignore_errors=True)
+    except OSError as e:
+        why = 'a folder in it is a file' if e.errno in (errno.EEXIST, errno.ENOTDIR) else _reason(e)
+        raise WriteError(f'{path}: cannot be written ({why}); {other} or folder') from None
+
+# %% ../nbs/10a_files.ipynb #086166fe
 def output_path(
     path, # a file to make or to replace
     *inputs, # files and folders that the same command reads; None for none
@@ -148,14 +164,7 @@ def output_path(
     if there and not (is_folder if folder else os.path.isfile(path)):
         what = 'a folder' if is_folder else 'no folder' if folder else 'no file'
         raise WriteError(f'{path}: is {what}; {other}')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trial = _aside(path)
-        try: trial.touch()
-        finally: shutil.rmtree(trial.parent, ignore_errors=True)
-    except OSError as e:
-        why = 'a folder in it is a file' if e.errno in (errno.EEXIST, errno.ENOTDIR) else _reason(e)
-        raise WriteError(f'{path}: cannot be written ({why}); {other} or folder') from None
+    _try_to_write(path, other)
     return path
 
 # %% ../nbs/10a_files.ipynb #9773e297
@@ -163,12 +172,9 @@ def file_hash(
     path, # any file
 )->str: # sha256, 64 hex digits
     "The hash of a file's content."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else _digest(f)
-
-def _digest(f, block=1 << 20):
-    "`hashlib.file_digest` for Python 3.10."
     h = hashlib.sha256()
-    while chunk := f.read(block): h.update(chunk)
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 20): h.update(chunk)
     return h.hexdigest()
 
 def content_hash(
@@ -177,8 +183,9 @@ def content_hash(
     "A short name for what made an output."
     h = hashlib.sha256()
     for p in parts:
-        b = file_hash(p).encode() if isinstance(p, Path) else p if isinstance(p, bytes) else json.dumps(p, sort_keys=True).encode()
-        h.update(len(b).to_bytes(8, 'big') + b)
+        if isinstance(p, Path): p = file_hash(p).encode()
+        elif not isinstance(p, bytes): p = json.dumps(p, sort_keys=True).encode()
+        h.update(len(p).to_bytes(8, 'big') + p)
     return h.hexdigest()[:16]
 
 # %% ../nbs/10a_files.ipynb #25b675d2
@@ -199,11 +206,12 @@ def open_own(
     os.close(fd)
     raise WriteError(no)
 
+# %% ../nbs/10a_files.ipynb #f30e64d8
 def append_jsonl(
     path, # the log; made when absent
     obj, # anything JSON can hold
 ):
-    "Append one object as a line."
+    "Append one object as a line; a torn line before it is ended."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _writing(path), open_own(path) as f:
@@ -212,13 +220,18 @@ def append_jsonl(
             if f.read(1) != b'\n': f.write(b'\n')
         f.write(json.dumps(obj).encode() + b'\n')
 
-def _whole_lines(path):
-    "What the lines of a log say, but for torn ones."
-    path, out = Path(path), []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+# %% ../nbs/10a_files.ipynb #7c37da27
+def json_lines(
+    data:bytes, # of a log
+)->list: # what the lines say, but for torn ones
+    "The lines of a log, which may be damaged."
+    out = []
+    for line in data.splitlines():
         try: out.append(json.loads(line))
         except (ValueError, RecursionError): pass
     return out
+
+def _whole_lines(path): return json_lines(Path(path).read_bytes()) if Path(path).exists() else []
 
 def read_jsonl(
     path, # the log; an absent one is empty
@@ -232,7 +245,8 @@ def read_json(
     "Read it; ValueError when it is damaged or holds something else."
     try: d = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError): d = None
-    if not isinstance(d, dict): raise ValueError(f'{path}: damaged: it holds no JSON object; make or fetch it again')
+    if not isinstance(d, dict):
+        raise ValueError(f'{path}: damaged: it holds no JSON object; make or fetch it again')
     return d
 
 # %% ../nbs/10a_files.ipynb #e0a2d9f4
@@ -252,21 +266,32 @@ def write_jsonl(
     "Write objects as lines, see `write_text`."
     write_text(path, ''.join(json.dumps(o) + '\n' for o in objs))
 
+# %% ../nbs/10a_files.ipynb #c75dd6b8
 def is_name(
     s, # any value of a manifest
 )->bool:
     "Whether this is the plain name of a file or folder, without a way up or elsewhere."
-    return isinstance(s, str) and s not in ('', '.', '..') and not set(s) & set('/\\\0') and Path(s).name == s
+    plain = isinstance(s, str) and s not in ('', '.', '..') and not set(s) & set('/\\\0')
+    return plain and Path(s).name == s
 
 def _checked(path, lines, first, kinds): # `first`: number of the first of them in the file
-    "The lines, if each holds what `kinds` says"
+    "The lines, if each holds what `kinds` says."
     for n, e in enumerate(lines, first):
         for key, kind in kinds.items():
             v = e.get(key) if isinstance(e, dict) else None
             if not (isinstance(v, kind) if isinstance(kind, (type, tuple)) else kind(v)):
-                raise ValueError(f'{path}: line {n} has no {key} that the stage before would write; run that stage again')
+                raise ValueError(f'{path}: line {n} has no {key} that the stage before would write; '
+                                 'run that stage again')
     return lines
 
+def read_manifest(
+    path, # the manifest of a stage; an absent one is empty
+    **kinds # of every line: key=type, or key=function that says whether a value will do
+)->list: # its lines
+    "Read a manifest; ValueError when a line is not what its stage writes."
+    return _checked(path, _whole_lines(path), 1, kinds)
+
+# %% ../nbs/10a_files.ipynb #ae76ef5c
 def read_table(
     path, # a CSV file
     *names, # columns that hold names of files or folders
@@ -274,24 +299,19 @@ def read_table(
     "Read a table; ValueError when a name in it is none."
     try:
         with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
-    except (csv.Error, UnicodeDecodeError) as e: raise ValueError(f'{path}: is not the table that the stage before writes ({e}); run that stage again') from None
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise ValueError(f'{path}: is not the table that the stage before writes ({e}); '
+                         'run that stage again') from None
     return _checked(path, rows, 2, dict.fromkeys(names, is_name))
-
-def read_manifest(
-    path, # the manifest of a stage; an absent one is empty
-    **kinds # what every line holds: key=type, or key=function that says whether a value will do
-)->list: # its lines
-    "Read a manifest; ValueError when a line is not what its stage writes."
-    return _checked(path, _whole_lines(path), 1, kinds)
 
 def prune(
     folder, # of item folders
     keep, # names of the items that stay
     marker:str='clip.json', # file that every item has
 ):
-    "Remove the items of a stage that are not asked for any more; of a link to an item of somebody else, the link."
-    for p in Path(folder).glob(f'*/{marker}'):
-        if p.parent.name not in keep: p.parent.unlink() if p.parent.is_symlink() else shutil.rmtree(p.parent)
+    "Remove the items of a stage that are not asked for any more; of a link, the link alone."
+    for item in (p.parent for p in Path(folder).glob(f'*/{marker}')):
+        if item.name not in keep: item.unlink() if item.is_symlink() else shutil.rmtree(item)
 
 # %% ../nbs/10a_files.ipynb #d853b49c
 def save_picture(
@@ -318,11 +338,11 @@ def write_tensors(
     "Save tensors and metadata, whole or not at all."
     from safetensors.numpy import save_file as save_numpy
     from safetensors.torch import save_file as save_torch
+    torch = all(hasattr(t, 'numpy') for t in tensors.values())
     with atomic_path(path) as p:
         try:
-            if all(hasattr(t, 'numpy') for t in tensors.values()):
-                save_torch({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, p, metadata)
-            else: save_numpy(dict(tensors), p, metadata)
+            if not torch: save_numpy(dict(tensors), p, metadata)
+            else: save_torch({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, p, metadata)
         except SafetensorError as e: raise WriteError(f'{path}: cannot be written ({e})') from None
         _sort_header(p)
 
@@ -330,40 +350,48 @@ def _sort_header(path):
     "Rewrite a safetensors header in place with its keys in order."
     with open(path, 'r+b') as f:
         n = int.from_bytes(f.read(8), 'little')
-        header = json.dumps(json.loads(f.read(n)), sort_keys=True, separators=(',', ':'), ensure_ascii=False).encode()
+        compact = dict(sort_keys=True, separators=(',', ':'), ensure_ascii=False)
+        header = json.dumps(json.loads(f.read(n)), **compact).encode()
         if len(header) > n: return
         f.seek(8)
         f.write(header.ljust(n))
+
+# %% ../nbs/10a_files.ipynb #9e3eb1e7
+@contextmanager
+def _opened(path, framework):
+    if not Path(path).is_file(): raise FileNotFoundError(2, 'there is no such file', str(path))
+    try:
+        with safe_open(str(path), framework) as f: yield f
+    except SafetensorError as e:
+        raise ValueError(f'{path}: damaged or not a safetensors file; make or fetch it again ({e})') from None
 
 def read_tensors(
     path, # a .safetensors file
     framework:str='pt', # 'pt' for torch, 'np' for numpy
 )->tuple[dict, dict]: # tensors and metadata
     "Load tensors and metadata; ValueError when the file is damaged."
-    if not Path(path).is_file(): raise FileNotFoundError(2, 'there is no such file', str(path))
-    try:
-        with safe_open(str(path), framework) as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except SafetensorError as e: raise ValueError(f'{path}: damaged or not a safetensors file; make or fetch it again ({e})') from None
+    with _opened(path, framework) as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
 
 # %% ../nbs/10a_files.ipynb #4a7c9dbf
 def tensor_shapes(
     path, # a .safetensors file
 )->dict: # name -> shape
     "What a file holds, from its header; ValueError when the file is damaged."
-    try:
-        with safe_open(str(path), 'np') as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    except SafetensorError as e: raise ValueError(f'{path}: damaged or not a safetensors file; make or fetch it again ({e})') from None
+    with _opened(path, 'np') as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
 
 def read_weights(
     path, # a .safetensors file
 )->dict: # torch tensors
-    "Tensors that are weights of a network; ValueError when some are whole numbers, infinite or not a number."
+    "Tensors that are weights of a network; ValueError when some are no finite numbers."
     tensors, _ = read_tensors(path)
     for k, t in tensors.items():
-        if not t.is_floating_point() or not t.isfinite().all(): raise ValueError(f'{path}: {k} holds numbers that no training leaves '
-            f'({"not a number, or infinite" if t.is_floating_point() else t.dtype}); make or fetch it again')
+        if t.is_floating_point() and t.isfinite().all(): continue
+        what = 'not a number, or infinite' if t.is_floating_point() else t.dtype
+        raise ValueError(f'{path}: {k} holds numbers that no training leaves ({what}); make or fetch it again')
     return tensors
 
+# %% ../nbs/10a_files.ipynb #57d83749
 @contextmanager
 def unfilled():
     "Modules made in here take no memory and draw no random numbers; their weights are yet to be assigned."
@@ -371,34 +399,35 @@ def unfilled():
     from torch.overrides import TorchFunctionMode
     class Unfilled(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func.__name__.endswith('_') and not func.__name__.endswith('__'): return args[0] if args else kwargs['tensor']  # an initialisation
-            return (torch.empty if func in (torch.randn, torch.rand) else func)(*args, **kwargs or {})
+            name, kwargs = func.__name__, kwargs or {}
+            initialises = name.endswith('_') and not name.endswith('__')
+            if initialises: return args[0] if args else kwargs['tensor']
+            return (torch.empty if func in (torch.randn, torch.rand) else func)(*args, **kwargs)
     with torch.device('meta'), Unfilled(): yield
-
-# %% ../nbs/10a_files.ipynb #29ab728d
-try: import fcntl
-except ImportError: fcntl = None     # Windows: no lock
 
 # %% ../nbs/10a_files.ipynb #41a85262
 _held = set()
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: [f.close() for f in _held])
 
 @contextmanager
-def _lock(folder):
+def _lock(folder, wait):
+    from filelock import lock_descriptor
     try:
         folder.mkdir(parents=True, exist_ok=True)
         f = open_own(folder/'.lock', 0)
     except WriteError: raise
-    except OSError as e: raise WriteError(f'{folder}: cannot be written ({_reason(e)}); give another folder, or the rights to this one') from None
+    except OSError as e:
+        raise WriteError(f'{folder}: cannot be written ({_reason(e)}); '
+                         'give another folder, or the rights to this one') from None
     with f:
-        try: fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        try: taken = not lock_descriptor(f.fileno(), blocking=wait, poll_interval=.1)
+        except OSError: taken = False    # a file system without locks
+        if taken:
             f.seek(0)
-            raise WriteError(f'{folder}: in use by another run (process {f.read(20).decode() or "unknown"}); wait for it, or stop it') from None
-        except OSError: pass             # a file system without locks
+            raise WriteError(f'{folder}: in use by another run (process {f.read(20).decode() or "unknown"}); '
+                             'wait for it, or stop it')
         try:
-            f.truncate(0)
-            f.write(str(os.getpid()).encode())
+            f.truncate(0); f.write(str(os.getpid()).encode())
         except OSError: pass             # a full disk: whoever writes something that matters will say so
         _held.add(f)
         try: yield
@@ -411,7 +440,7 @@ def remove_leftovers(
     folder, # of a stage, locked
     name:str='', # only what would have become a file of this name
 ):
-    "Remove what killed runs left half-written in a folder, and in its folders whose names begin with a dot; put back what was being replaced."
+    "Remove what killed runs left half-written, and put back what was being replaced."
     for p in Path(folder).glob('.*'):
         if p.is_symlink() or not p.is_dir(): continue
         if not (m := _LEFTOVER.fullmatch(p.name)): name or remove_leftovers(p)
@@ -424,10 +453,11 @@ def remove_leftovers(
 @contextmanager
 def locked(
     *folders, # made when absent
+    wait:bool=False, # for whoever holds one; else that is a `WriteError`
 ):
-    "Hold folders for this run alone, free of leftovers; raises `WriteError`."
+    "Hold folders for this run alone, free of leftovers."
     with ExitStack() as stack:
-        for f in sorted({os.path.realpath(f) for f in folders}): stack.enter_context(_lock(Path(f)))
+        for f in sorted({os.path.realpath(f) for f in folders}): stack.enter_context(_lock(Path(f), wait))
         for f in folders: remove_leftovers(f)
         yield
 
@@ -460,19 +490,13 @@ def _worker():
     for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ[k] = '1'
     if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(1)
 
-def _status(process): # how it ended, once that is known: a broken pipe is noticed sooner
-    for _ in range(100):
-        if process.exitcode is not None: break
-        time.sleep(.05)
-    return process.exitcode
-
 class Processes:
     "Worker processes on this machine."
     def __init__(self, n:int): self.n = n # how many
 
     def _pool(self, fn, left, n):
         others = set(mp.active_children())
-        with safe_imports(): pool = ProcessPoolExecutor(n, mp.get_context('spawn'), _worker)   # starts a process of its own
+        with safe_imports(): pool = ProcessPoolExecutor(n, mp.get_context('spawn'), _worker)
         try:
             with safe_imports(): futures = {pool.submit(try_call, fn, item): i for i, item in left}
             begun = list(pool._processes.values())           # those that have ended are children no more
@@ -484,28 +508,38 @@ class Processes:
             raise
         pool.shutdown()
 
-    def imap(self,
-        fn, # a function of one item, importable by name
-        items:list,
-    ): # yields (index, result or exception), in the order in which they are done
-        "Apply `fn` to every item; an item whose process is killed fails, the others do not."
-        left = dict(enumerate(items))
-        while left:
-            try:
-                for i, r in self._pool(fn, list(left.items()), min(self.n, len(left))):
-                    del left[i]
-                    yield i, r
-            except BrokenProcessPool:        # one of the first that are left was at work then; alone, each answers for itself
-                for i in list(left)[:self.n + 1]:
-                    try: [(_, r)] = self._pool(fn, [(i, left[i])], 1)
-                    except BrokenProcessPool: r = self.ended()
-                    del left[i]
-                    yield i, r
+# %% ../nbs/10a_files.ipynb #eeb35725
+def _status(process): # how it ended, once that is known: a broken pipe is noticed sooner
+    for _ in range(100):
+        if process.exitcode is not None: break
+        time.sleep(.05)
+    return process.exitcode
 
-    def ended(self)->Exception:
-        "What became of a process that ended by itself"
-        if self.status == -getattr(signal, 'SIGKILL', 9): return MemoryError('its process was killed, most likely for want of memory; try fewer processes')
-        return ChildProcessError(f'its process ended by itself with status {self.status}; try it with one process')
+@patch
+def imap(self:Processes,
+    fn, # a function of one item, importable by name
+    items:list,
+): # yields (index, result or exception), in the order in which they are done
+    "Apply `fn` to every item; an item whose process is killed fails, the others do not."
+    left = dict(enumerate(items))
+    while left:
+        try:
+            for i, r in self._pool(fn, list(left.items()), min(self.n, len(left))):
+                del left[i]
+                yield i, r
+        except BrokenProcessPool:
+            for i in list(left)[:self.n + 1]:
+                try: [(_, r)] = self._pool(fn, [(i, left[i])], 1)
+                except BrokenProcessPool: r = _ended(self.status)
+                del left[i]
+                yield i, r
+
+# %% ../nbs/10a_files.ipynb #d284df53
+def _ended(status)->Exception:
+    "What became of a process that ended by itself."
+    if status == -getattr(signal, 'SIGKILL', 9):
+        return MemoryError('its process was killed, most likely for want of memory; try fewer processes')
+    return ChildProcessError(f'its process ended by itself with status {status}; try it with one process')
 
 # %% ../nbs/10a_files.ipynb #9185c326
 def map_parallel(
@@ -516,12 +550,13 @@ def map_parallel(
     size=None, # item -> seconds of audio, for the bar
 )->list: # (item, result or exception), in the order of `items`
     "Apply `fn` to every item, with a progress bar; raises what would fail every item."
-    items, done = list(items), {}
-    here = isinstance(n_jobs, int) and (n_jobs <= 1 or len(items) < 2)
-    results = ((n, try_call(fn, i)) for n, i in enumerate(items)) if here else (Processes(n_jobs) if isinstance(n_jobs, int) else n_jobs).imap(fn, items)
-    sizes, heard = [size(i) for i in items] if size else [1]*len(items), 0
-    unit = ' s' if size else 'it'
-    with bar(total=round(sum(sizes)), desc=desc, disable=desc is None, unit=unit) as shown:
+    items, done, heard = list(items), {}, 0
+    if not isinstance(n_jobs, int): results = n_jobs.imap(fn, items)
+    elif n_jobs > 1 and len(items) > 1: results = Processes(n_jobs).imap(fn, items)
+    else: results = ((n, try_call(fn, i)) for n, i in enumerate(items))
+    sizes = [size(i) if size else 1 for i in items]
+    how = dict(desc=desc, disable=desc is None, unit=' s' if size else 'it')
+    with bar(total=round(sum(sizes)), **how) as shown:
         for n, r in results:
             if isinstance(r, WriteError): raise r
             done[n], heard = r, heard + sizes[n]

@@ -20,7 +20,7 @@ from fastcore.script import Param
 from .config import ConfigError, RunConfig, command, config_path, configs_dir, load_config, to_dict
 from .files import file_hash
 from .packages import needs
-from .remote import LOGIN, is_remote, list_names, put
+from .remote import LOGIN, backoff, is_remote, list_names, put, retrying
 
 # %% ../nbs/14_vertex.ipynb #1e8c116b
 class VertexError(OSError):
@@ -226,22 +226,20 @@ def submit(
     client, # from `job_client`
     rent:Rent,
     request, # from `job_message`; its `display_name` is like no other
-    waits=(1, 2, 4, 8, 16, 32), # s, before each further attempt
+    waits=None, # seconds before each further attempt; None for those of `backoff`
 ): # the job as Vertex AI has it
     "Ask for a job, once."
-    parent, where, asked = f'projects/{rent.project_id}/locations/{rent.region}', f'{rent.project_id} in {rent.region}', False
-    for wait in (*waits, None):
-        try:
-            if asked:
-                mine = dict(parent=parent, filter=f'display_name="{request.display_name}"')
-                there = list(client.list_custom_jobs(request=mine, timeout=60))
-                if there: return there[0]
-            asked = True
-            return client.create_custom_job(request=dict(parent=parent, custom_job=request), timeout=60)
-        except Exception as e:
-            if wait is None or not is_transient(e): raise explained(e, where) from None
-            print(f'saxgpt: no answer from Vertex AI ({type(e).__name__}); asking again in {wait} s', file=sys.stderr)
-        time.sleep(wait)
+    parent, asked = f'projects/{rent.project_id}/locations/{rent.region}', []
+    def ask():
+        mine = dict(parent=parent, filter=f'display_name="{request.display_name}"')
+        there = list(client.list_custom_jobs(request=mine, timeout=60)) if asked else []
+        asked.append(True)
+        wanted = dict(parent=parent, custom_job=request)
+        return there[0] if there else client.create_custom_job(request=wanted, timeout=60)
+    def tell(e, seconds): print(f'saxgpt: no answer from Vertex AI ({type(e).__name__}); '
+                                f'asking again in {seconds:.0f} s', file=sys.stderr)
+    try: return retrying(backoff(is_transient, waits), tell)(ask)()
+    except Exception as e: raise explained(e, f'{rent.project_id} in {rent.region}') from None
 
 # %% ../nbs/14_vertex.ipynb #93c3b4f0
 def job_link(

@@ -19,6 +19,7 @@ from ..audio import AudioError, SILENT, is_recording, probe, same_sound
 from ..config import ConfigError, DataConfig, DownloadConfig
 from ..files import FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash, map_parallel, printable, read_json, read_jsonl, reason, write_jsonl
 from ..packages import needs
+from ..remote import retrying
 from ..words import bar
 
 # %% ../../nbs/00_data_download.ipynb #db4938b3
@@ -307,11 +308,8 @@ class Web:
 def retry(self:Web, work, # a function of the number of the attempt
           fetching=False): # its result, at last
     "Do something until it succeeds or there is no use"
-    for n in itertools.count():
-        try: return work(n)
-        except Exception as e:
-            if (s := wait(e, n, self.cfg, fetching)) is None: raise
-        time.sleep(s)
+    tries = itertools.count()
+    return retrying(lambda e, n: wait(e, n, self.cfg, fetching))(lambda: work(next(tries)))()
 
 # %% ../../nbs/00_data_download.ipynb #f5476bd9
 @patch

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..files import atomic_dir, content_hash, file_hash, is_name, reason
-from ..remote import RemoteError, RemoteMissing, cache, download, in_turn, is_remote, list_names, put, read_text, remove
+from ..files import atomic_dir, content_hash, file_hash, is_name, locked, reason
+from ..remote import RemoteError, RemoteMissing, cache, download, is_remote, list_names, put, read_text, remove
 from .checkpoint import CheckpointError, link_checkpoint, verify
 from ..words import notify
 
@@ -100,7 +100,7 @@ def fetch_checkpoint(
     for again in (4, 3, 2, 1, 0):
         where, name = _points_to(url)
         try:
-            with in_turn(home):
+            with locked(home, wait=True):
                 if not (home/name).is_dir(): download_checkpoint(where, home/name)
                 old = sorted((p for p in home.iterdir() if p.is_dir() and p.name != name), key=lambda p: p.stat().st_mtime)
                 for p in old[:-1]: shutil.rmtree(p)
