@@ -8,7 +8,7 @@ __all__ = ['SERVE', 'World', 'pick_device', 'PeerError', 'patience', 'rendezvous
            'first_failure', 'hard_exit', 'worker_main', 'launch', 'check', 'cluster']
 
 # %% ../../nbs/07c_distributed.ipynb #322e7e91
-import ctypes, json, logging, os, pickle, re, signal, sys, time
+import ctypes, json, logging, math, os, pickle, re, signal, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,11 +42,11 @@ def pick_device(
 )->torch.device:
     "The device of a process."
     if name is None: name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if name == 'cuda':
-        n = torch.cuda.device_count()
-        if local_rank >= n: raise ValueError(f'process {local_rank} of this machine has no GPU: there are {n}; start at most {n} processes')
-        return torch.device('cuda', local_rank)
-    return torch.device(name)
+    if name != 'cuda': return torch.device(name)
+    n = torch.cuda.device_count()
+    if local_rank < n: return torch.device('cuda', local_rank)
+    raise ValueError(f'process {local_rank} of this machine has no GPU: there are {n}; '
+                     f'start at most {n} processes')
 
 # %% ../../nbs/07c_distributed.ipynb #5a2ac37b
 class PeerError(ConnectionError):
@@ -54,8 +54,9 @@ class PeerError(ConnectionError):
 
 def patience()->float: # seconds
     "How long processes wait for one another."
-    try: return float(os.environ.get('SAXGPT_WAIT_S') or 600)
-    except ValueError: raise ValueError(f'SAXGPT_WAIT_S: given {os.environ["SAXGPT_WAIT_S"]!r}; a number of seconds') from None
+    given = os.environ.get('SAXGPT_WAIT_S') or 600
+    try: return float(given)
+    except ValueError: raise ValueError(f'SAXGPT_WAIT_S: given {given!r}; a number of seconds') from None
 
 # %% ../../nbs/07c_distributed.ipynb #11c0e806
 def rendezvous_id(
@@ -77,33 +78,34 @@ def rendezvous_id(
         wait(*(signed := [f'{mine}/{r}' for r in range(1, size)]))
         store.set(f'{mine}/all', ' '.join(store.get(k).decode() for k in signed))
         return mine
-    while time.monotonic() < end:
+    while True:
         wait('meeting')
         name = store.get('meeting').decode()
         store.set(f'{name}/{rank}', mine)
         if store.check([f'{name}/all']) and mine in store.get(f'{name}/all').decode(): return name
+        if time.monotonic() > end: raise late
         time.sleep(.02)
-    raise late
 
 # %% ../../nbs/07c_distributed.ipynb #5a724ade
 def setup(
     device:str=None, # None takes a GPU if there is one
 )->World:
     "Join the other processes, if the environment tells of any."
-    rank, size, local = (int(os.environ.get(k, d)) for k,d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    rank, size, local = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     device = pick_device(local, device)
-    if device.type == 'cuda': torch.cuda.set_device(device)
-    if size > 1 and not dist.is_initialized():
-        kw = dict(backend='cpu:gloo,cuda:nccl', device_id=device) if device.type == 'cuda' else dict(backend='gloo')
-        wait = timedelta(seconds=patience())
-        try:
-            store, *_ = next(dist.rendezvous('env://', timeout=wait))
-            store = dist.PrefixStore(rendezvous_id(store, rank, size, patience()), store)
-            dist.init_process_group(store=store, rank=rank, world_size=size, timeout=wait, **kw)
-        except (dist.DistError, RuntimeError) as e:
-            at = ':'.join(os.environ.get(k, '?') for k in ('MASTER_ADDR', 'MASTER_PORT'))
-            raise PeerError(f'process {rank} of {size} found not all of the others by way of {at} ({str(e).splitlines()[0][:120]}); '
-                            'see what they say') from None
+    cuda = device.type == 'cuda'
+    if cuda: torch.cuda.set_device(device)
+    if size == 1 or dist.is_initialized(): return World(rank, size, device)
+    kw = dict(backend='cpu:gloo,cuda:nccl', device_id=device) if cuda else dict(backend='gloo')
+    wait = timedelta(seconds=patience())
+    try:
+        store, *_ = next(dist.rendezvous('env://', timeout=wait))
+        store = dist.PrefixStore(rendezvous_id(store, rank, size, patience()), store)
+        dist.init_process_group(store=store, rank=rank, world_size=size, timeout=wait, **kw)
+    except (dist.DistError, RuntimeError) as e:
+        at = ':'.join(os.environ.get(k, '?') for k in ('MASTER_ADDR', 'MASTER_PORT'))
+        raise PeerError(f'process {rank} of {size} found not all of the others by way of {at} '
+                        f'({str(e).splitlines()[0][:120]}); see what they say') from None
     return World(rank, size, device)
 
 def cleanup():
@@ -115,8 +117,9 @@ def lost_peer(
     error:BaseException,
 )->bool:
     "Whether an error only says that another process is gone, or silent for too long."
-    return isinstance(error, (dist.DistError, PeerError)) or isinstance(error, RuntimeError) and bool(re.search(
-        r'gloo|NCCL|Connection (closed|reset|refused)|Broken pipe', str(error)))
+    said = r'gloo|NCCL|Connection (closed|reset|refused)|Broken pipe'
+    if isinstance(error, (dist.DistError, PeerError)): return True
+    return isinstance(error, RuntimeError) and bool(re.search(said, str(error)))
 
 @contextmanager
 def joined(
@@ -124,7 +127,8 @@ def joined(
     wait:float=5., # who lost another fails after so many seconds
 ): # yields a `World`
     "The time that processes spend together; raises `PeerError` in those that lost another one."
-    if sys.platform == 'linux' and 'TORCHELASTIC_RUN_ID' in os.environ: ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    elastic = sys.platform == 'linux' and 'TORCHELASTIC_RUN_ID' in os.environ
+    if elastic: ctypes.CDLL(None).prctl(1, signal.SIGTERM)           # when the launcher dies
     world = setup(device)
     try: yield world
     except BaseException as e:
@@ -164,7 +168,7 @@ def barrier():
 def _each(x, f):
     "`x` with `f(t)` for every tensor `t` in it."
     if isinstance(x, torch.Tensor): return f(x)
-    if isinstance(x, dict): return {k: _each(v, f) for k,v in x.items()}
+    if isinstance(x, dict): return {k: _each(v, f) for k, v in x.items()}
     return type(x)(_each(v, f) for v in x) if isinstance(x, (list, tuple)) else x
 
 def broadcast(
@@ -190,7 +194,8 @@ def wrap(
     "The model, with its gradients averaged over all processes."
     if world.size == 1: return model
     devices = [world.device.index] if world.device.type == 'cuda' else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False,
+                                   gradient_as_bucket_view=True)
 
 def no_sync(
     net:nn.Module, # from `wrap`
@@ -219,21 +224,22 @@ class ProcessError(RuntimeError):
         super().__init__(f'process {rank}: {text or message}')
 
 def first_failure(
-    logs:Path, # where the processes left their errors: .../attempt_N/LOCAL_RANK/error.json
     error, # torch's `ChildFailedError`
-    first:int=0, # rank of this machine's first process
 )->ProcessError:
     "The error that brought down the others."
-    rank, failure = error.get_first_failure()
-    if failure.exitcode < 0:
-        why = '; the system may have run out of memory' if failure.exitcode == -signal.SIGKILL else ''
-        return ProcessError(rank, f'ended by {failure.signal_name()}{why}')
-    attempts = sorted(logs.glob('*/attempt_*'), key=lambda p: int(p.name[8:]))
-    files = sorted(attempts[-1].glob('*/error.json'), key=lambda p: p.stat().st_mtime_ns) if attempts else []
-    if not files: return ProcessError(rank, f'ended with status {failure.exitcode}; its own lines above say why')
-    told = [(first + int(f.parent.name), json.loads(f.read_text())['message']) for f in files]
-    rank, said = min(told, key=lambda t: t[1]['message'].startswith('PeerError'))    # the first of those that lost nobody
-    return ProcessError(rank, said['message'], said['extraInfo']['py_callstack'])
+    def said(f): return f.error_file_data['message']                 # a dict, or '<NONE>'
+    def late(f): return os.stat(f.error_file).st_mtime_ns if isinstance(said(f), dict) else math.inf
+    def place(rank):
+        f = error.failures[rank]
+        lost = isinstance(said(f), dict) and said(f)['message'].startswith('PeerError')
+        return f.exitcode >= 0, lost, late(f)
+    rank = min(error.failures, key=place)
+    f = error.failures[rank]
+    if isinstance(said(f), dict) and f.exitcode >= 0:
+        return ProcessError(rank, said(f)['message'], said(f)['extraInfo']['py_callstack'])
+    if f.exitcode >= 0: return ProcessError(rank, f'ended with status {f.exitcode}; its own lines above say why')
+    why = '; the system may have run out of memory' if f.exitcode == -signal.SIGKILL else ''
+    return ProcessError(rank, f'ended by {f.signal_name()}{why}')
 
 # %% ../../nbs/07c_distributed.ipynb #63f39c32
 def hard_exit(
@@ -250,35 +256,38 @@ def worker_main(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path[:], work = pickle.loads((Path(folder)/'work').read_bytes())
     fn, args = pickle.loads(work)
-    try: result = record(fn)(*args)                                  # which writes down an error where the launcher looks for it
+    try: result = record(fn)(*args)                                  # which writes down an error for the launcher
     except BaseException as e: hard_exit(130 if isinstance(e, KeyboardInterrupt) else 1)
     (Path(folder)/f'result-{os.environ["RANK"]}').write_bytes(pickle.dumps(result))
     hard_exit()
 
+SERVE = '''import sys; sys.path[:] = {path!r}
+import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)
+from saxgpt.training.dist import worker_main; worker_main(sys.argv[1])'''
+
 # %% ../../nbs/07c_distributed.ipynb #42d0a24a
 def _rendezvous(n, nodes, node_rank, endpoint)->dict:
     "Where the launchers of all machines meet."
-    if nodes == 1: return dict(rdzv_backend='c10d', rdzv_endpoint='localhost:0', local_addr='localhost', run_id=f'saxgpt-{os.getpid()}')
+    if nodes == 1: return dict(rdzv_backend='c10d', rdzv_endpoint='localhost:0', local_addr='localhost',
+                               run_id=f'saxgpt-{os.getpid()}')
     if not endpoint: raise ValueError(f'{nodes} machines need a place to meet, as HOST:PORT of the first one')
-    return dict(rdzv_backend='static', rdzv_endpoint=endpoint, run_id='saxgpt', rdzv_configs=dict(rank=node_rank, timeout=int(patience())))
+    return dict(rdzv_backend='static', rdzv_endpoint=endpoint, run_id='saxgpt',
+                rdzv_configs=dict(rank=node_rank, timeout=int(patience())))
 
 @contextmanager
 def _quiet():
     "Leave the caller's signal handlers in place, and the story to `ProcessError`."
     old = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
-    loggers = [logging.getLogger(f'torch.{k}') for k in ('distributed.elastic.multiprocessing.api', 'distributed.elastic.agent.server.api',
-                                                         'distributed.elastic.utils.store', 'multiprocessing.spawn')]
-    levels = [l.level for l in loggers]
-    for l in loggers: l.setLevel(logging.CRITICAL)
+    names = ('distributed.elastic.multiprocessing.api', 'distributed.elastic.agent.server.api',
+             'distributed.elastic.utils.store', 'multiprocessing.spawn')
+    levels = {l: l.level for l in (logging.getLogger(f'torch.{k}') for k in names)}
+    for l in levels: l.setLevel(logging.CRITICAL)
     try: yield
     finally:
-        for s,h in old.items(): signal.signal(s, h)
-        for l,level in zip(loggers, levels): l.setLevel(level)
+        for s, h in old.items(): signal.signal(s, h)
+        for l, level in levels.items(): l.setLevel(level)
 
 # %% ../../nbs/07c_distributed.ipynb #07c61ba3
-SERVE = '''import sys; sys.path[:] = {path!r}
-import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); from saxgpt.training.dist import worker_main; worker_main(sys.argv[1])'''
-
 def launch(
     fn, # importable function
     args:tuple, # its arguments
@@ -288,23 +297,24 @@ def launch(
     endpoint:str=None, # 'host:port' of machine 0, which must be free there
     max_restarts:int=0, # how often all are started again when one dies
 )->dict: # rank -> what `fn` returned, for the ranks of this machine
-    "Run `fn` in processes that know of each other, as torchrun would; raises `ProcessError`, or `PeerError` when a machine does not come."
+    "Run `fn` in processes that know of each other; raises `ProcessError`, or `PeerError` when a machine does not come."
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//n)))
     with TemporaryDirectory(prefix='saxgpt-') as logs, _quiet():
-        cfg = LaunchConfig(min_nodes=nodes, max_nodes=nodes, nproc_per_node=n, max_restarts=max_restarts, monitor_interval=.5,
-                           logs_specs=DefaultLogsSpecs(log_dir=logs), **_rendezvous(n, nodes, node_rank, endpoint))
+        cfg = LaunchConfig(min_nodes=nodes, max_nodes=nodes, nproc_per_node=n, max_restarts=max_restarts,
+                           monitor_interval=.5, logs_specs=DefaultLogsSpecs(log_dir=logs),
+                           **_rendezvous(n, nodes, node_rank, endpoint))
         (Path(logs)/'work').write_bytes(pickle.dumps((sys.path, pickle.dumps((fn, args)))))
-        try:
-            ranks = elastic_launch(cfg, sys.executable)('-c', SERVE.format(path=[p for p in sys.path if p]), logs)
-            return {r: pickle.loads((Path(logs)/f'result-{r}').read_bytes()) for r in ranks}
-        except ChildFailedError as e: raise first_failure(Path(logs), e, node_rank*n) from None
+        serve = SERVE.format(path=[p for p in sys.path if p])
+        try: ranks = elastic_launch(cfg, sys.executable)('-c', serve, logs)
+        except ChildFailedError as e: raise first_failure(e) from None
         except dist.DistError as e:
             if nodes == 1: raise
             raise PeerError(f'machine {node_rank} of {nodes} waited at {endpoint}, and not all came within {patience():g} s '
                             f'({str(e).splitlines()[0][:120]}); see the log of the others, or set SAXGPT_WAIT_S') from None
+        return {r: pickle.loads((Path(logs)/f'result-{r}').read_bytes()) for r in ranks}
 
 # %% ../../nbs/07c_distributed.ipynb #4e163d7d
 def check(
@@ -324,16 +334,17 @@ def cluster(
     environ=os.environ,
 )->tuple[int, int, str]: # machines, which of them this is, where they meet; None outside a cluster
     "The cluster this machine is part of, as Vertex AI tells it."
-    if 'LOCAL_RANK' in environ or not environ.get('CLUSTER_SPEC'): return None
+    if 'LOCAL_RANK' in environ or not (given := environ.get('CLUSTER_SPEC')): return None
     try:
-        spec = json.loads(environ['CLUSTER_SPEC'])
-        pools = {k: v for k,v in spec['cluster'].items() if v}
+        spec = json.loads(given)
+        pools = {k: v for k, v in spec['cluster'].items() if v}
         names = sorted(pools, key=lambda k: int(k.removeprefix('workerpool')))
         here, index = spec['task']['type'], int(spec['task']['index'])
         rank = sum(len(pools[k]) for k in names[:names.index(here)]) + index
         host, _, port = pools[names[0]][0].rpartition(':')
         if index >= len(pools[here]) or not host: raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise ValueError(f'CLUSTER_SPEC: {environ["CLUSTER_SPEC"][:200]!r} is not what Vertex AI writes; '
+        raise ValueError(f'CLUSTER_SPEC: {given[:200]!r} is not what Vertex AI writes; '
                          'unset it to train on this machine alone') from None
-    return sum(map(len, pools.values())), rank, f'{environ.get("MASTER_ADDR") or host}:{environ.get("MASTER_PORT") or port}'
+    at = f'{environ.get("MASTER_ADDR") or host}:{environ.get("MASTER_PORT") or port}'
+    return sum(map(len, pools.values())), rank, at
