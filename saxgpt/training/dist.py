@@ -8,7 +8,7 @@ __all__ = ['SERVE', 'World', 'pick_device', 'PeerError', 'patience', 'rendezvous
            'first_failure', 'hard_exit', 'worker_main', 'launch', 'check', 'cluster']
 
 # %% ../../nbs/07c_distributed.ipynb #322e7e91
-import ctypes, json, logging, math, os, pickle, re, signal, sys, time
+import ctypes, json, logging, os, pickle, re, signal, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -227,19 +227,16 @@ def first_failure(
     error, # torch's `ChildFailedError`
 )->ProcessError:
     "The error that brought down the others."
-    def said(f): return f.error_file_data['message']                 # a dict, or '<NONE>'
-    def late(f): return os.stat(f.error_file).st_mtime_ns if isinstance(said(f), dict) else math.inf
-    def place(rank):
-        f = error.failures[rank]
-        lost = isinstance(said(f), dict) and said(f)['message'].startswith('PeerError')
-        return f.exitcode >= 0, lost, late(f)
-    rank = min(error.failures, key=place)
-    f = error.failures[rank]
-    if isinstance(said(f), dict) and f.exitcode >= 0:
-        return ProcessError(rank, said(f)['message'], said(f)['extraInfo']['py_callstack'])
-    if f.exitcode >= 0: return ProcessError(rank, f'ended with status {f.exitcode}; its own lines above say why')
-    why = '; the system may have run out of memory' if f.exitcode == -signal.SIGKILL else ''
-    return ProcessError(rank, f'ended by {f.signal_name()}{why}')
+    rank, f = error.get_first_failure()
+    if f.exitcode < 0:
+        why = '; the system may have run out of memory' if f.exitcode == -signal.SIGKILL else ''
+        return ProcessError(rank, f'ended by {f.signal_name()}{why}')
+    told = {r: e.error_file_data['message'] for r, e in error.failures.items() if os.path.isfile(e.error_file)}
+    if not told: return ProcessError(rank, f'ended with status {f.exitcode}; its own lines above say why')
+    def place(r):                                                    # the first of those that lost nobody
+        return told[r]['message'].startswith('PeerError'), os.stat(error.failures[r].error_file).st_mtime_ns
+    said = told[rank := min(told, key=place)]
+    return ProcessError(rank, said['message'], said['extraInfo']['py_callstack'])
 
 # %% ../../nbs/07c_distributed.ipynb #63f39c32
 def hard_exit(
