@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OLD_KEYS', 'ConfigError', 'Section', 'field', 'DataPaths', 'Intermediates', 'DownloadConfig', 'DemucsConfig',
-           'WindowConfig', 'AugmentConfig', 'TokenizeConfig', 'SplitConfig', 'DatasetConfig', 'DataConfig', 'RunData',
+           'WindowConfig', 'AugmentConfig', 'TokenizeConfig', 'SplitConfig', 'DatasetConfig', 'DataConfig',
            'ModelConfig', 'SchedulerConfig', 'OptimizerConfig', 'ScheduledSamplingConfig', 'ContextDropoutConfig',
-           'TrainingConfig', 'RunConfig', 'type_name', 'rows', 'explain', 'current_keys', 'parse', 'configs_dir',
-           'weights_dir', 'demo_backing', 'device_name', 'config_path', 'read_yaml', 'override', 'load_config',
-           'to_dict', 'usage_errors', 'arguments', 'command']
+           'TrainingConfig', 'RunData', 'RunConfig', 'type_name', 'rows', 'explain', 'current_keys', 'parse',
+           'configs_dir', 'weights_dir', 'demo_backing', 'device_name', 'config_path', 'read_yaml', 'override',
+           'load_config', 'to_dict', 'usage_errors', 'arguments', 'command']
 
 # %% ../nbs/10_config.ipynb #b942c4a0
 import copy, difflib, inspect, json, os, reprlib, signal, sys, types
@@ -29,11 +29,14 @@ from .words import steady, tell
 
 # %% ../nbs/10_config.ipynb #88fe1b7f
 class ConfigError(ValueError):
-    "A config that cannot be used; the message names the file, the key, what was given and what is allowed."
+    "A config that cannot be used; the message names file and key, what was given and what is allowed."
 
 def _check_scalar(v):
-    if isinstance(v, int) and abs(v) > 2**53: raise ValueError(f'given a whole number of {int((v.bit_length() - 1)*.30103) + 1} digits; that is too large')
-    if isinstance(v, str) and not v.isprintable(): raise ValueError(f'given {reprlib.repr(v)}; text may hold no control characters')
+    if isinstance(v, int) and abs(v) > 2**53:
+        digits = int((v.bit_length() - 1)*.30103) + 1
+        raise ValueError(f'given a whole number of {digits} digits; that is too large')
+    if isinstance(v, str) and not v.isprintable():
+        raise ValueError(f'given {reprlib.repr(v)}; text may hold no control characters')
 
 class Section(BaseModel):
     "A frozen group of settings; unknown keys are errors."
@@ -41,10 +44,12 @@ class Section(BaseModel):
     @field_validator('*', mode='before')
     def _yes_is_no_number(cls, value, info):
         tp = cls.model_fields[info.field_name].annotation
-        if isinstance(value, bool) and bool not in (tp, *get_args(tp)): raise ValueError(f'given {value}; a yes or no has no meaning here')
+        if isinstance(value, bool) and bool not in (tp, *get_args(tp)):
+            raise ValueError(f'given {value}; a yes or no has no meaning here')
         for v in value if isinstance(value, (list, tuple)) else [value]: _check_scalar(v)
         return expanded(value)
 
+# %% ../nbs/10_config.ipynb #51c51a63
 def field(
     default, # value when the key is absent, `...` for none
     meaning:str, # one line, shown in tables and error messages
@@ -69,10 +74,11 @@ class DataPaths(Section):
         for key, p in self:
             if not p.strip(): raise ValueError(f'{key} is empty; give it a path')
             other = seen.setdefault(os.path.realpath(os.path.expanduser(p)), key)     # links resolved
-            if other != key: raise ValueError(
-                f'{key} and {other} are both {p!r}, by name or by a link; a stage would take the files of another for its own')
+            if other != key: raise ValueError(f'{key} and {other} are both {p!r}, by name or by a link; '
+                                              'a stage would take the files of another for its own')
         return self
 
+# %% ../nbs/10_config.ipynb #0eec67ae
 class Intermediates(Section):
     "Which intermediate outputs stay on the disk."
     keep_dl: bool = field(True, 'keep recordings')
@@ -81,7 +87,6 @@ class Intermediates(Section):
     keep_aug_clips: bool = field(True, 'keep augmented clips')
     keep_codes: bool = field(True, 'keep codes')
 
-# %% ../nbs/10_config.ipynb #0eec67ae
 class DownloadConfig(Section):
     "How recordings are fetched from the web."
     cookies: str|None = field(None, 'cookies.txt of a browser, in Netscape form')
@@ -91,7 +96,8 @@ class DownloadConfig(Section):
     backoff_s: float = field(2., 'wait before the first of them, doubled for each, s', ge=0)
     pause_s: float = field(1., 'pause between recordings, s', ge=0)
     timeout_s: float = field(30., 'silence after which a connection counts as lost, s', gt=0)
-    js_runtimes: list[str]|None = field(None, "JavaScript runtimes for yt-dlp, such as deno or node:/usr/bin/node; yt-dlp's own choice when null")
+    js_runtimes: list[str]|None = field(None, "JavaScript runtimes for yt-dlp, such as deno or "
+                                        "node:/usr/bin/node; yt-dlp's own choice when null")
     max_items: int|None = field(None, 'at most so many recordings of the addresses; all when null', ge=1)
 
 # %% ../nbs/10_config.ipynb #1aaf6e27
@@ -100,7 +106,8 @@ class DemucsConfig(Section):
     model: str = field('htdemucs_6s', 'Demucs model')
     repo: str|None = field(None, 'folder of a local model repository; the hub when null')
     lead: str = field('other', 'the stem that holds the saxophone')
-    backing: Literal['residual', 'stems'] = field('residual', '`residual` is the mix minus the lead, `stems` the sum of the other stems')
+    backing: Literal['residual', 'stems'] = field(
+        'residual', '`residual` is the mix minus the lead, `stems` the sum of the other stems')
     n_splits: int = field(2, 'overlapping windows over each sample; more is better and slower', ge=1)
     n_shifts: int = field(2, 'random shifts averaged for equivariance', ge=0)
     n_jobs: int = field(1, 'parallel jobs', ge=1)
@@ -114,6 +121,7 @@ class WindowConfig(Section):
     rms_frame_length_seconds: float = field(10., 'length of an RMS frame, s', gt=0)
     rms_stride_seconds: float = field(.2, 'from frame to frame, s', gt=0)
 
+# %% ../nbs/10_config.ipynb #e3d09a70
 class AugmentConfig(Section):
     "Copies of each clip at other pitches and tempi; the untouched clip always stays."
     sample_rate: Literal[32000] = field(32000, 'Hz')
@@ -123,9 +131,9 @@ class AugmentConfig(Section):
     hop_length: int = field(512, 'STFT hop, samples', ge=1, le=2**16)
     @model_validator(mode='after')
     def _overlap(self):
-        if 2*self.hop_length > self.n_fft: raise ValueError(
-            f'hop_length {self.hop_length} is more than half of n_fft {self.n_fft}; frames that overlap less cannot be put together again')
-        return self
+        if 2*self.hop_length <= self.n_fft: return self
+        raise ValueError(f'hop_length {self.hop_length} is more than half of n_fft {self.n_fft}; '
+                         'frames that overlap less cannot be put together again')
 
 # %% ../nbs/10_config.ipynb #ad69592c
 class TokenizeConfig(Section):
@@ -139,8 +147,9 @@ class SplitConfig(Section):
     val: float = field(.1, 'share of recordings for validation', ge=0, lt=1)
     @model_validator(mode='after')
     def _leave_some(self):
-        if self.test + self.val >= 1: raise ValueError(f'test + val = {self.test + self.val:g} leaves no recording to train on; their sum must be below 1')
-        return self
+        if self.test + self.val < 1: return self
+        raise ValueError(f'test + val = {self.test + self.val:g} leaves no recording to train on; '
+                         'their sum must be below 1')
 
 class DatasetConfig(Section):
     "Windows over the codes."
@@ -165,13 +174,6 @@ class DataConfig(Section):
     dataset: DatasetConfig = field(DatasetConfig(), 'windows over codes')
 
 # %% ../nbs/10_config.ipynb #d0a2d5a5
-class RunData(Section):
-    "The three dataset files."
-    train_path: str = field(..., 'dataset to train on')
-    val_path: str|None = field(None, 'dataset to validate on')
-    test_path: str|None = field(None, 'dataset to test on')
-    made_by: str|None = field(None, 'data config that made them; evaluation finds recordings by it; null looks beside the dataset')
-
 class ModelConfig(Section):
     "The architecture: what has to agree for weights to fit."
     vocab_size: int = field(2049, 'codes and the special token', ge=2, le=2**17)
@@ -187,20 +189,27 @@ class ModelConfig(Section):
     max_seq_len: int = field(1505, 'longest sequence of delayed steps', ge=2, le=2**17)
     padding_idx: int = field(2048, 'the special token', ge=0)
     scale_embeddings: bool = field(True, 'multiply embeddings by the root of d_model')
-    positions: Literal['sinusoidal', 'rotary'] = field('sinusoidal', 'how steps are told apart: added to the input, or turned into queries and keys')
-    fusion: Literal['cross', 'aligned'] = field('aligned', '`aligned` adds the backing of the same instant to the decoder input')
+    positions: Literal['sinusoidal', 'rotary'] = field('sinusoidal', 'how steps are told apart: '
+                                                       'added to the input, or turned into queries and keys')
+    fusion: Literal['cross', 'aligned'] = field(
+        'aligned', '`aligned` adds the backing of the same instant to the decoder input')
     condition_dropout: float = field(.1, 'share of training items that hear no backing', ge=0, lt=1)
-    separate_embeddings: bool = field(False, 'one embedding for the codes of leads and another for those of backings, as a codec needs that codes them differently')
-
+    separate_embeddings: bool = field(False, 'one embedding for the codes of leads and another for those '
+                                      'of backings, as a codec needs that codes them differently')
     @model_validator(mode='after')
-    def _fits(self):
-        if self.d_model % self.nhead: raise ValueError(f'd_model {self.d_model} is not divisible by nhead {self.nhead}')
-        if self.d_model % 2: raise ValueError(f'd_model {self.d_model} must be even: positions are pairs of sine and cosine')
-        if self.positions == 'rotary' and self.d_model//self.nhead % 2: raise ValueError(
-            f'd_model/nhead = {self.d_model//self.nhead} must be even with rotary positions, which turn pairs of channels')
-        if self.padding_idx != self.vocab_size - 1: raise ValueError(
-            f'padding_idx {self.padding_idx} must be vocab_size - 1 = {self.vocab_size - 1}: the special token follows the codes')
-        return self
+    def _check(self): return _fits(self)
+
+# %% ../nbs/10_config.ipynb #8159e365
+def _fits(m):
+    "What no single key can see."
+    d, n, last = m.d_model, m.nhead, m.vocab_size - 1
+    if d % n: raise ValueError(f'd_model {d} is not divisible by nhead {n}')
+    if d % 2: raise ValueError(f'd_model {d} must be even: positions are pairs of sine and cosine')
+    if m.positions == 'rotary' and d//n % 2: raise ValueError(
+        f'd_model/nhead = {d//n} must be even with rotary positions, which turn pairs of channels')
+    if m.padding_idx != last: raise ValueError(
+        f'padding_idx {m.padding_idx} must be vocab_size - 1 = {last}: the special token follows the codes')
+    return m
 
 # %% ../nbs/10_config.ipynb #ee34a1fa
 class SchedulerConfig(Section):
@@ -210,30 +219,35 @@ class SchedulerConfig(Section):
     total_steps: int|None = field(None, 'length of the schedule; worked out when null', ge=1)
     min_lr: float = field(1e-6, 'rate at the end', ge=0)
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
 class OptimizerConfig(Section):
     "AdamW, or Muon for what lies inside the layers."
-    type: Literal['adamw', 'muon'] = field('adamw', 'optimiser; `muon` for the matrices inside the layers, AdamW for the rest')
+    type: Literal['adamw', 'muon'] = field(
+        'adamw', 'optimiser; `muon` for the matrices inside the layers, AdamW for the rest')
     lr: float = field(3e-4, 'learning rate', gt=0)
     embedding_lr: float|None = field(None, 'another rate for the embeddings', gt=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = field((.9, .98), 'decay of the two moments')
+    betas: tuple[_Decay, _Decay] = field((.9, .98), 'decay of the two moments')
     eps: float = field(1e-9, 'added to the denominator', gt=0)
     weight_decay: float = field(.01, 'decoupled weight decay', ge=0)
 
 # %% ../nbs/10_config.ipynb #27b70bf3
 class ScheduledSamplingConfig(Section):
     "Scheduled sampling: a growing share of the steps that the decoder hears are its own."
-    rate: float = field(0., 'share of time steps that are heard from the model itself at the end of the ramp', ge=0, le=1)
+    rate: float = field(0., 'share of time steps that are heard from the model itself at the end of the ramp',
+                        ge=0, le=1)
     start_step: int = field(0, 'training step at which the ramp begins', ge=0)
     ramp_steps: int = field(1000, 'training steps from none to the full share', ge=1)
 
 class ContextDropoutConfig(Section):
-    "Context dropout: windows in which the decoder has no past, or a part of it, and has to listen to the backing."
+    "Context dropout: windows in which the decoder has no past, or a part of it."
     start_rate: float = field(0., 'share of windows without any past at the beginning', ge=0, le=1)
     end_rate: float = field(0., 'the same after the ramp', ge=0, le=1)
     hold_steps: int = field(0, 'training step at which the ramp begins', ge=0)
     ramp_steps: int = field(1000, 'training steps from the first rate to the last', ge=1)
     span_rate: float = field(0., 'share of windows that lose a stretch of their past', ge=0, le=1)
 
+# %% ../nbs/10_config.ipynb #382602cc
 class TrainingConfig(Section):
     "How the model is trained."
     num_epochs: int = field(..., 'passes over the training set', ge=1)
@@ -246,32 +260,44 @@ class TrainingConfig(Section):
     save_interval: int = field(100, 'epochs from kept checkpoint to kept checkpoint', ge=1)
     num_workers: int = field(2, 'loader processes', ge=0)
     use_pbar: bool = field(True, 'show a progress bar')
-    resume_from_checkpoint: str|None = field(None, 'a checkpoint folder, bundled, or hf://USER/NAME; null takes the last one in output_dir')
+    resume_from_checkpoint: str|None = field(None, 'a checkpoint folder, bundled, or hf://USER/NAME; '
+                                             'null takes the last one in output_dir')
     seed: int = field(0, 'of weights, order and dropout')
     precision: Literal['auto', 'fp32', 'fp16', 'bf16'] = field('auto', 'auto is bf16 or fp16 on a GPU, fp32 on a CPU')
     max_grad_norm: float = field(1., 'gradients are clipped to this norm', gt=0)
-    ema_decay: float = field(.999, 'of the moving average of the weights, which is validated and plays; 0 is none', ge=0, lt=1)
+    ema_decay: float = field(.999, 'of the moving average of the weights, which is validated and plays; 0 is none',
+                             ge=0, lt=1)
     scheduled_sampling: ScheduledSamplingConfig = field(ScheduledSamplingConfig(), 'own codes in the training input')
     context_dropout: ContextDropoutConfig = field(ContextDropoutConfig(), 'windows without a past in the training input')
-    codebook_weights: list[Annotated[float, Field(ge=0)]]|None = field(None, 'how much each codebook counts in the loss that is learnt from; null is all alike')
-    embeddings_from: str|None = field(None, "the codec whose vectors the embeddings of a new model begin as: bundled, encodec or a folder; null is random")
+    codebook_weights: list[Annotated[float, Field(ge=0)]]|None = field(
+        None, 'how much each codebook counts in the loss that is learnt from; null is all alike')
+    embeddings_from: str|None = field(None, 'the codec whose vectors the embeddings of a new model begin as: '
+                                      'bundled, encodec or a folder; null is random')
     compile: bool = field(False, 'compile the model, if that turns out to be faster')
     max_steps: int|None = field(None, 'stop after so many steps', ge=1)
     val_interval: int|None = field(None, 'steps from validation to validation; null is once an epoch', ge=1)
     val_batches: int|None = field(None, 'validate on so many batches; null is all', ge=1)
     patience: int|None = field(None, 'stop after so many validations in a row without a better one; null goes on', ge=1)
 
+# %% ../nbs/10_config.ipynb #40cf064b
+class RunData(Section):
+    "The three dataset files."
+    train_path: str = field(..., 'dataset to train on')
+    val_path: str|None = field(None, 'dataset to validate on')
+    test_path: str|None = field(None, 'dataset to test on')
+    made_by: str|None = field(None, 'data config that made them; evaluation finds recordings by it; '
+                              'null looks beside the dataset')
+
 class RunConfig(Section):
     "A training run."
     data: RunData = field(..., 'dataset files')
     model: ModelConfig = field(..., 'architecture')
     training: TrainingConfig = field(..., 'training')
-
     @model_validator(mode='after')
     def _weighed(self):
-        if (w := self.training.codebook_weights) is not None and (len(w) != self.model.num_codebooks or not sum(w)): raise ValueError(
-            f'training.codebook_weights {w} must be {self.model.num_codebooks} numbers, one for each codebook, and not all 0')
-        return self
+        w, K = self.training.codebook_weights, self.model.num_codebooks
+        if w is None or len(w) == K and sum(w): return self
+        raise ValueError(f'training.codebook_weights {w} must be {K} numbers, one for each codebook, and not all 0')
 
 # %% ../nbs/10_config.ipynb #af358c92
 def type_name(
@@ -285,6 +311,11 @@ def type_name(
     names = {type(None): 'null', bool: 'true or false', str: 'text', int: 'whole number', float: 'number'}
     return names.get(tp, getattr(tp, '__name__', str(tp)))
 
+def _inner(f):
+    "The section that a key holds; None for a plain value."
+    kinds = f.annotation, *get_args(f.annotation)
+    return next((a for a in kinds if isinstance(a, type) and issubclass(a, Section)), None)
+
 def rows(
     section:type[Section], # a section or a whole config
     prefix:str='', # dotted path of the section
@@ -292,9 +323,9 @@ def rows(
     "Every key below `section`."
     out = []
     for key, f in section.model_fields.items():
-        inner = next((a for a in (f.annotation, *get_args(f.annotation)) if isinstance(a, type) and issubclass(a, Section)), None)
-        if inner: out += rows(inner, f'{prefix}{key}.')
-        else: out.append((prefix + key, type_name(f.annotation), 'required' if f.is_required() else str(f.get_default()), f.description))
+        default = 'required' if f.is_required() else str(f.get_default())
+        if inner := _inner(f): out += rows(inner, f'{prefix}{key}.')
+        else: out.append((prefix + key, type_name(f.annotation), default, f.description))
     return out
 
 # %% ../nbs/10_config.ipynb #660242a3
@@ -302,8 +333,7 @@ def _section_at(kind, loc):
     "The section class that holds the key at `loc`, following dotted keys."
     for key in loc:
         f = kind.model_fields.get(key) if isinstance(key, str) else None
-        inner = f and next((a for a in (f.annotation, *get_args(f.annotation)) if isinstance(a, type) and issubclass(a, Section)), None)
-        if not inner: return kind
+        if not (f and (inner := _inner(f))): return kind
         kind = inner
     return kind
 
@@ -313,21 +343,25 @@ def explain(
 )->str: # one line
     "One mistake in the words of somebody who has to mend it."
     loc = [p for p in error['loc'] if isinstance(p, (str, int)) and p not in ('function-after',)]
-    key, given, section = '.'.join(map(str, loc)), error.get('input'), _section_at(kind, loc[:-1])
+    key, keys = '.'.join(map(str, loc)), _section_at(kind, loc[:-1]).model_fields
     if error['type'] == 'extra_forbidden':
-        near = difflib.get_close_matches(str(loc[-1]), section.model_fields, 1)
-        return f"{key}: unknown key; " + (f"did you mean {near[0]!r}?" if near else 'known here: ' + ', '.join(section.model_fields))
-    if error['type'] == 'missing': return f"{key}: missing; give {type_name(section.model_fields[loc[-1]].annotation)}"
+        near = difflib.get_close_matches(str(loc[-1]), keys, 1)
+        return f'{key}: unknown key; ' + (f'did you mean {near[0]!r}?' if near else 'known here: ' + ', '.join(keys))
+    if error['type'] == 'missing': return f'{key}: missing; give {type_name(keys[loc[-1]].annotation)}'
     if error['type'] == 'value_error': return f"{key or 'config'}: {error['ctx']['error']}"
-    f = section.model_fields.get(loc[-1]) if loc and isinstance(loc[-1], str) else None
-    limit = 'should be a section of keys' if error['type'] == 'model_type' else error['msg'].removeprefix('Input ')
-    return f"{key}: given {reprlib.repr(given)}; {limit}" + (f" ({type_name(f.annotation)}: {f.description})" if f else '')
+    f = keys.get(loc[-1]) if loc and isinstance(loc[-1], str) else None
+    section = error['type'] == 'model_type'
+    limit = 'should be a section of keys' if section else error['msg'].removeprefix('Input ')
+    said = f"{key}: given {reprlib.repr(error.get('input'))}; {limit}"
+    return said + (f' ({type_name(f.annotation)}: {f.description})' if f else '')
 
 # %% ../nbs/10_config.ipynb #b1c0de22
 OLD_KEYS = {f'training.{old}': f'training.{new}' for old, new in {
-    'history.first': 'context_dropout.start_rate', 'history.last': 'context_dropout.end_rate', 'history.hold': 'context_dropout.hold_steps',
-    'history.ramp': 'context_dropout.ramp_steps', 'history.stretches': 'context_dropout.span_rate', 'scheduled_sampling.share': 'scheduled_sampling.rate',
-    'scheduled_sampling.start': 'scheduled_sampling.start_step', 'scheduled_sampling.ramp': 'scheduled_sampling.ramp_steps'}.items()}
+    'history.first': 'context_dropout.start_rate', 'history.last': 'context_dropout.end_rate',
+    'history.hold': 'context_dropout.hold_steps', 'history.ramp': 'context_dropout.ramp_steps',
+    'history.stretches': 'context_dropout.span_rate', 'scheduled_sampling.share': 'scheduled_sampling.rate',
+    'scheduled_sampling.start': 'scheduled_sampling.start_step',
+    'scheduled_sampling.ramp': 'scheduled_sampling.ramp_steps'}.items()}
 
 def current_keys(
     values:dict, # as read from a file
@@ -352,7 +386,8 @@ def parse(
     source:str='config', # file name for messages
 )->Section: # a frozen config
     "Check `values`; raises `ConfigError` with a line per mistake."
-    if not isinstance(values, dict): raise ConfigError(f'{source}: given {type(values).__name__}; a config is a list of `key: value` lines')
+    if not isinstance(values, dict): raise ConfigError(
+        f'{source}: given {type(values).__name__}; a config is a list of `key: value` lines')
     try: return kind.model_validate(current_keys(values)[0])
     except ValidationError as e:
         raise ConfigError('\n'.join(f'{source}: {explain(kind, m)}' for m in e.errors())) from None
@@ -377,9 +412,10 @@ def device_name(
     "The device to work on; `ConfigError` if there is no GPU to be had."
     if not cuda: return 'cpu'
     import torch
-    if not torch.cuda.is_available(): raise ConfigError('--cuda: torch sees no CUDA device here; leave it out to work on the CPU')
-    return 'cuda'
+    if torch.cuda.is_available(): return 'cuda'
+    raise ConfigError('--cuda: torch sees no CUDA device here; leave it out to work on the CPU')
 
+# %% ../nbs/10_config.ipynb #e38ff631
 def config_path(
     kind:type[Section], # `DataConfig` or `RunConfig`
     name, # bundled name or path, here or on gs://
@@ -388,11 +424,12 @@ def config_path(
     name, folder = str(name), configs_dir()/('data' if kind is DataConfig else 'model')
     if is_remote(name): return fetch(name)
     if '/' in name or name.endswith(('.yaml', '.yml')):
-        if not Path(name).is_file(): raise ConfigError(f'{name}: there is no such config file')
-        return Path(name)
-    bundled = {p.relative_to(folder).with_suffix('').as_posix(): p for p in sorted(folder.rglob('*.yaml'))}
-    if name not in bundled: raise ConfigError(f'{name}: no bundled config of this name; there are {", ".join(bundled)}, or give a path to a .yaml file')
-    return bundled[name]
+        if Path(name).is_file(): return Path(name)
+        raise ConfigError(f'{name}: there is no such config file')
+    found = {p.relative_to(folder).with_suffix('').as_posix(): p for p in sorted(folder.rglob('*.yaml'))}
+    if name in found: return found[name]
+    raise ConfigError(f'{name}: no bundled config of this name; there are {", ".join(found)}, '
+                      'or give a path to a .yaml file')
 
 # %% ../nbs/10_config.ipynb #2c7e1d4f
 @cache
@@ -403,13 +440,16 @@ def _loader():
             out, keys = super().construct_mapping(node, deep=deep), set()
             for key, _ in node.value:
                 name = self.construct_object(key)
-                if name in keys: raise yaml.MarkedYAMLError(problem=f'{name!r} is given twice', problem_mark=key.start_mark)
+                if name in keys:
+                    raise yaml.MarkedYAMLError(problem=f'{name!r} is given twice', problem_mark=key.start_mark)
                 keys.add(name)
             return out
     resolvers = yaml.SafeLoader.yaml_implicit_resolvers.items()
-    Loader.yaml_implicit_resolvers = {k: [(tag, r) for tag, r in v if not tag.endswith(':timestamp')] for k, v in resolvers}
+    Loader.yaml_implicit_resolvers = {
+        k: [(tag, r) for tag, r in v if not tag.endswith(':timestamp')] for k, v in resolvers}
     return Loader
 
+# %% ../nbs/10_config.ipynb #4a37b768
 def read_yaml(
     text:str,
     source:str, # file name, or key, for messages
@@ -420,7 +460,8 @@ def read_yaml(
     except (yaml.YAMLError, ValueError, OverflowError) as e:
         mark = getattr(e, 'problem_mark', None)
         said = f'; {e.problem}' if 'twice' in (getattr(e, 'problem', None) or '') else ''
-        raise ConfigError(f'{source}: not YAML' + (f', see line {mark.line + 1}' if mark else '') + said) from None
+        line = f', see line {mark.line + 1}' if mark else ''
+        raise ConfigError(f'{source}: not YAML{line}{said}') from None
 
 # %% ../nbs/10_config.ipynb #f2a9ead0
 def override(
@@ -430,7 +471,8 @@ def override(
     "Put `key=value` pairs into a nested dictionary."
     for text in assignments:
         key, eq, value = text.partition('=')
-        if not eq or not key: raise ConfigError(f'{text}: an override is written key=value, such as training.batch_size=2')
+        if not eq or not key:
+            raise ConfigError(f'{text}: an override is written key=value, such as training.batch_size=2')
         *parents, last = key.strip().split('.')
         here = values
         for p in parents:
@@ -453,8 +495,9 @@ def load_config(
     values = read_yaml(text, str(path))
     if not isinstance(values, dict|None): return parse(kind, values, str(path))
     values, old = current_keys(values or {})
-    values, given = current_keys(override(values, overrides))              # which count more than the file, by either name
-    if old := old + given: tell(f'{path}: old names still work, but there are new ones: ' + ', '.join(f'{k} is {OLD_KEYS[k]}' for k in old))
+    values, given = current_keys(override(values, overrides))              # which count more than the file
+    if old := ', '.join(f'{k} is {OLD_KEYS[k]}' for k in old + given):
+        tell(f'{path}: old names still work, but there are new ones: {old}')
     return parse(kind, values, str(path))
 
 def to_dict(
@@ -497,6 +540,7 @@ def arguments(
         parser._option_string_actions.update({n: action for n in names})
     return parser
 
+# %% ../nbs/10_config.ipynb #580639e8
 def command(
     func=None, # does the work
     prog:str=None, # what to call it; as a command of `saxgpt`, or as a module, when absent
@@ -507,14 +551,16 @@ def command(
     return _run(func, prog, short, inspect.currentframe().f_back)
 
 def _run(func, prog, short, frame):
-    if frame.f_globals.get('__name__') != '__main__' or '__file__' not in frame.f_globals: return func
-    name = getattr(frame.f_globals.get('__spec__'), 'name', None) or Path(frame.f_globals['__file__']).name
+    where = frame.f_globals
+    if where.get('__name__') != '__main__' or '__file__' not in where: return func
+    name = getattr(where.get('__spec__'), 'name', None) or Path(where['__file__']).name
     prog = prog or (name.replace('.', ' ') if name.count('.') == 1 else f'python -m {name}')
     steady()
-    args = {k: v for k, v in vars(arguments(func, prog, short).parse_intermixed_args()).items() if k not in ('pdb', 'xtra')}
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL: signal.signal(signal.SIGINT, signal.default_int_handler)    # see saxgpt/__init__.py
+    args = vars(arguments(func, prog, short).parse_intermixed_args())
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:            # see saxgpt/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with usage_errors():
-        try: func(**{k: expanded(v) for k, v in args.items()})
+        try: func(**{k: expanded(v) for k, v in args.items() if k not in ('pdb', 'xtra')})
         except KeyboardInterrupt as e:
             tell(': '.join(['saxgpt: interrupted', *map(str, e.args)]))
             raise SystemExit(130) from None
