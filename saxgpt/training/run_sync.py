@@ -15,7 +15,8 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..files import atomic_dir, content_hash, file_hash, is_name, locked, reason
-from ..remote import RemoteError, RemoteMissing, cache, download, is_remote, list_names, put, read_text, remove
+from ..remote import (RemoteError, RemoteMissing, cache, download, is_remote, list_names, put,
+                           read_text, remove)
 from .checkpoint import CheckpointError, link_checkpoint, verify
 from ..words import notify
 
@@ -36,15 +37,15 @@ def step_of(
     m = AT.fullmatch(name or '')
     return int(m[1]) if m else -1
 
+# %% ../../nbs/07g_run_sync.ipynb #9ae394f8
 def read_pointer(
     url:str, # of a checkpoint, such as gs://BUCKET/run/checkpoints/last
 )->str: # a name as of `content_name`
     "The folder that a name stands for."
     try: name = json.loads(read_text(f'{url}.json'))['folder']
     except (ValueError, KeyError, TypeError, RecursionError): name = None
-    if not (isinstance(name, str) and AT.fullmatch(name)):
-        raise CheckpointError(f'{url}.json: does not name a checkpoint; remove it')
-    return name
+    if isinstance(name, str) and AT.fullmatch(name): return name
+    raise CheckpointError(f'{url}.json: does not name a checkpoint; remove it')
 
 # %% ../../nbs/07g_run_sync.ipynb #153ccc88
 def upload_checkpoint(
@@ -77,7 +78,7 @@ def download_checkpoint(
 
 # %% ../../nbs/07g_run_sync.ipynb #2b4c9edc
 def _points_to(url):
-    "(URL of a checkpoint's folder, name for it in the cache)"
+    "(URL of a checkpoint's folder, name for it in the cache)."
     parent = url.rsplit('/', 1)[0]
     try: name = read_pointer(url)
     except RemoteMissing: pass
@@ -85,7 +86,8 @@ def _points_to(url):
     try: return url, content_hash(read_text(f'{url}/hashes.json'))
     except RemoteMissing as e:
         if 'there is no bucket' in str(e): raise
-    named = [f'{at}/{n[:-5]}' for at in (parent, f'{url}/checkpoints') for n in list_names(at) if n.endswith('.json') and n != 'run.json']
+    there = [f'{at}/{n}' for at in (parent, f'{url}/checkpoints') for n in list_names(at) if n != 'run.json']
+    named = [n[:-5] for n in there if n.endswith('.json')]
     hint = f'there is {", ".join(named)}' if named else 'its name is like gs://BUCKET/run/checkpoints/best'
     raise RemoteMissing(f'{url}: there is no checkpoint; {hint}')
 
@@ -102,8 +104,8 @@ def fetch_checkpoint(
         try:
             with locked(home, wait=True):
                 if not (home/name).is_dir(): download_checkpoint(where, home/name)
-                old = sorted((p for p in home.iterdir() if p.is_dir() and p.name != name), key=lambda p: p.stat().st_mtime)
-                for p in old[:-1]: shutil.rmtree(p)
+                others = (p for p in home.iterdir() if p.is_dir() and p.name != name)
+                for p in sorted(others, key=lambda p: p.stat().st_mtime)[:-1]: shutil.rmtree(p)
             return home/name
         except (RemoteMissing, CheckpointError):
             if not again or _points_to(url)[0] == where: raise
@@ -125,7 +127,8 @@ class BackgroundTask:
         with self.turn:
             self.due = True
             if self.thread is None:
-                self.closing, self.final, self.thread = False, False, threading.Thread(target=self._run, daemon=True)
+                self.closing, self.final = False, False
+                self.thread = threading.Thread(target=self._run, daemon=True)
                 self.thread.start()
             self.turn.notify_all()
 
@@ -146,10 +149,12 @@ def _run(self:BackgroundTask):
         begun, before = time.monotonic(), self.failed
         try: self.fn(); self.failed = None
         except Exception as e: self.failed = e
-        if self.failed and not (before or self.closing): notify(f'{reason(self.failed)}; training goes on, and this is tried again later')
+        if self.failed and not (before or self.closing):
+            notify(f'{reason(self.failed)}; training goes on, and this is tried again later')
         rest = 0 if self.failed or not self.every else min(300, max(self.every, 20*(time.monotonic() - begun)))
         with self.turn: self.turn.wait_for(lambda: self.closing, rest)
 
+# %% ../../nbs/07g_run_sync.ipynb #e3f4aeec
 @patch
 def close(self:BackgroundTask): # what went wrong at the end, or None
     "Wait for what was asked."
@@ -172,9 +177,9 @@ class RunSync:
         far = is_remote(output_dir)
         self.url = output_dir.rstrip('/') if far else None
         self.folder = cache()/'runs'/content_hash(self.url) if far else Path(output_dir)   # to work in
-        self.active, self.me, self.pointers, self.torn, self.taken = far and main, os.urandom(8).hex(), None, set(), None
         self.far, self.here, self.snapshots = f'{self.url}/checkpoints', self.folder/'checkpoints', self.folder/'.mirror'
-        self.waiting, self.lock, self.claiming, self.numbers = [], threading.Lock(), threading.Lock(), count()
+        self.active, self.me, self.pointers, self.torn, self.taken = far and main, os.urandom(8).hex(), None, set(), None
+        self.waiting, self.numbers, self.lock, self.claiming = [], count(), threading.Lock(), threading.Lock()
         self.saves, self.log = BackgroundTask(self._upload), BackgroundTask(self._upload_log, every=10.)
 
 # %% ../../nbs/07g_run_sync.ipynb #2d0fac04
@@ -197,10 +202,11 @@ def _own(self:RunSync):
         try: mine = self.pointers is not None and json.loads(read_text(f'{self.url}/run.json'))['writer'] == self.me
         except RemoteMissing: self.pointers = mine = None      # somebody has emptied the folder
         except (ValueError, KeyError, TypeError): mine = False
-        if self.pointers is None: self._claim()
-        elif not mine:
-            self.taken = RemoteError(f'{self.url}: another run has begun to write there; this one keeps its checkpoints in {self.here}')
-            raise self.taken
+        if self.pointers is None: return self._claim()
+        if mine: return
+        self.taken = RemoteError(f'{self.url}: another run has begun to write there; '
+                                 f'this one keeps its checkpoints in {self.here}')
+        raise self.taken
 
 # %% ../../nbs/07g_run_sync.ipynb #3cafa45a
 @patch
@@ -260,6 +266,25 @@ def _tidy(self:RunSync):
     for n in list_names(self.far):
         if AT.fullmatch(n) and n not in self.pointers.values(): remove(f'{self.far}/{n}')
 
+# %% ../../nbs/07g_run_sync.ipynb #9437e84d
+@patch
+def pull(self:RunSync):
+    "Begin: have in the local folder the newest of what lies here and in the bucket."
+    if not self.active: return
+    shutil.rmtree(self.snapshots, ignore_errors=True)
+    with self.claiming: self._claim()
+    here = max(_step(self.here/n) for n in ('last', 'previous'))
+    if here >= 0 and not self.pointers:
+        notify(f'{self.url}: has no checkpoint yet; going on from step {here} in {self.folder} '
+               '(delete that to begin anew)')
+    self._tidy()
+    brought = self._bring_newest(here)
+    if brought or not (self.folder/'metrics.jsonl').exists():
+        try: download(f'{self.url}/metrics.jsonl', self.folder/'metrics.jsonl')
+        except RemoteMissing: pass
+    self._bring_best()
+    if not brought: self._queue_missing(here)
+
 # %% ../../nbs/07g_run_sync.ipynb #e9986162
 def _step(folder):
     "The step of a whole checkpoint here; -1 if it is none."
@@ -271,34 +296,6 @@ def _name(folder):
     try: return content_name(folder)
     except (OSError, ValueError, KeyError, TypeError): return None
 
-# %% ../../nbs/07g_run_sync.ipynb #9437e84d
-@patch
-def pull(self:RunSync):
-    "Begin: have in the local folder the newest of what lies here and in the bucket."
-    if not self.active: return
-    shutil.rmtree(self.snapshots, ignore_errors=True)
-    with self.claiming: self._claim()
-    here = max(_step(self.here/n) for n in ('last', 'previous'))
-    if here >= 0 and not self.pointers:
-        notify(f'{self.url}: has no checkpoint yet; going on from step {here} in {self.folder} (delete that to begin anew)')
-    self._tidy()
-    brought = self._bring_newest(here)
-    if brought or not (self.folder/'metrics.jsonl').exists():
-        try: download(f'{self.url}/metrics.jsonl', self.folder/'metrics.jsonl')
-        except RemoteMissing: pass
-    self._bring_best()
-    if not brought: self._queue_missing(here)
-
-# %% ../../nbs/07g_run_sync.ipynb #f65944eb
-@patch
-def _bring_newest(self:RunSync, here):
-    "Fetch `last`, or what comes closest, if it is newer than step `here`; whether that was done."
-    order = ['last', 'previous', *sorted(self.pointers.keys() - {'last', 'previous'}, key=lambda n: -step_of(self.pointers[n]))]
-    for at in dict.fromkeys(self.pointers[n] for n in order if n in self.pointers):
-        if step_of(at) <= here: return False
-        if self._bring(at, 'last'): return True
-    return False
-
 @patch
 def _bring(self:RunSync, at, name):
     "Fetch one folder, if it is whole."
@@ -308,6 +305,16 @@ def _bring(self:RunSync, at, name):
         self.torn.add(at)
         return False
     return True
+
+# %% ../../nbs/07g_run_sync.ipynb #f65944eb
+@patch
+def _bring_newest(self:RunSync, here):
+    "Fetch `last`, or what comes closest, if it is newer than step `here`; whether that was done."
+    rest = sorted(self.pointers.keys() - {'last', 'previous'}, key=lambda n: -step_of(self.pointers[n]))
+    for at in dict.fromkeys(self.pointers[n] for n in ('last', 'previous', *rest) if n in self.pointers):
+        if step_of(at) <= here: return False
+        if self._bring(at, 'last'): return True
+    return False
 
 @patch
 def _bring_best(self:RunSync):
@@ -321,7 +328,8 @@ def _bring_best(self:RunSync):
 def _queue_missing(self:RunSync, here):
     "Upload what is newer on this machine."
     found = sorted(p for p in self.here.glob('*') if p.name == 'best' or p.name.startswith('step-'))
-    if here > step_of(self.pointers.get('last')): found.append(self.here/('last' if _step(self.here/'last') == here else 'previous'))
+    if here > step_of(self.pointers.get('last')):
+        found.append(self.here/('last' if _step(self.here/'last') == here else 'previous'))
     for p in found:
         name = 'last' if p.name == 'previous' else p.name
         if step_of(_name(p)) > step_of(self.pointers.get(name)) and _step(p) >= 0: self._queue(p, {name})
