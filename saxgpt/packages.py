@@ -226,9 +226,10 @@ def writable(
     return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 def lend_caches():
-    "Give librosa, matplotlib and torch a temporary folder for their caches where the user's cannot be written."
+    "Give libraries a temporary folder for their caches where the user's cannot be written."
     unknown = os.path.expanduser('~') == '~'                         # a user without a home
-    if not unknown and writable(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')): return
+    usual = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    if not unknown and writable(usual): return
     try: folder = tempfile.mkdtemp(prefix='saxgpt-')
     except OSError: return
     def remove(mine=os.getpid()):

@@ -41,7 +41,8 @@ def _parts(url):
     "(scheme, bucket and key) of a URL."
     m = re.fullmatch(r'(\w+)://([^/]+)(/.*)?', str(url), re.S)
     if m and m[1] in SCHEMES and '\0' not in url: return m[1], (m[2] + (m[3] or '')).rstrip('/')
-    raise RemoteError(f'{url}: is no address of a file in a bucket; it is written gs://BUCKET/FOLDER/NAME')
+    raise RemoteError(f'{url}: is no address of a file in a bucket; '
+                      'it is written gs://BUCKET/FOLDER/NAME')
 
 # %% ../nbs/10b_remote.ipynb #1f12e666
 def passing(
@@ -62,7 +63,7 @@ def retrying(
     tell=lambda e, seconds: None, # is told before each wait
 ): # a decorator, also for `async` functions
     "Call a function again while its errors pass by themselves."
-    from tenacity import retry                                       # loads slowly, and is rarely needed
+    from tenacity import retry                                       # loads slowly, rarely needed
     def seconds(state): return pause(state.outcome.exception(), state.attempt_number - 1)
     def again(state):
         return isinstance(state.outcome.exception(), Exception) and seconds(state) is not None
@@ -159,13 +160,16 @@ def _meaning(e, url, store, at):
     said = printable((reason(e).strip().splitlines() or [''])[-1])[:200]
     kinds = {c.__name__ for c in type(e).__mro__}
     if isinstance(e, FileNotFoundError):
-        if not _no_bucket(store, at): return RemoteMissing(f'{url}: there is no such object in the bucket')
+        if not _no_bucket(store, at):
+            return RemoteMissing(f'{url}: there is no such object in the bucket')
         return RemoteMissing(f'{url}: there is no bucket {bucket}; check its name, or make it with '
                              f'`gcloud storage buckets create {bucket}`')
     if code == '401' or 'GoogleAuthError' in kinds: said = f'not logged in to Google Cloud; {LOGIN}'
     elif str(e).startswith('Forbidden'):
-        said = f'this login may not do that ({said}); ask for the role Storage Object User on {bucket}'
-    elif passing(e): said = f'no answer from the bucket ({_why(e)}); look at the network and start again'
+        said = (f'this login may not do that ({said}); '
+                f'ask for the role Storage Object User on {bucket}')
+    elif passing(e):
+        said = f'no answer from the bucket ({_why(e)}); look at the network and start again'
     return RemoteError(f'{url}: {said}')
 
 # %% ../nbs/10b_remote.ipynb #805e9ca4
