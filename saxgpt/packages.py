@@ -33,6 +33,7 @@ def requirements(
     def holds(r, extra): return r.marker is None or r.marker.evaluate(dict(extra=extra))
     return [r for r in found if holds(r, extra) and not (extra and holds(r, ''))]
 
+# %% ../nbs/10c_packages.ipynb #f8515985
 def fits(
     requirement, # a `packaging.requirements.Requirement`
 )->bool:
@@ -57,6 +58,7 @@ def _spec(r):
 
 def _pinned(r): return any(s.operator == '==' and not s.version.endswith('*') for s in r.specifier)
 
+# %% ../nbs/10c_packages.ipynb #4c3505db
 def _pair(name, other):
     "What is wrong with a pair, and what to install; None when it fits or is not installed."
     from packaging.version import Version
@@ -106,6 +108,7 @@ def _frames(e):
             frames.append((f.f_globals.get('__name__', '').split('.')[0], f.f_code.co_name))
     return frames
 
+# %% ../nbs/10c_packages.ipynb #72fc33a6
 def _foreign(e, bodies=False):
     "Packages of others whose code, or whose modules' bodies, ran when an error was raised."
     own = {'', '__main__', 'saxgpt', *sys.stdlib_module_names}
@@ -192,11 +195,12 @@ def _matplotlib():
     finally: log.setLevel(level)
     return matplotlib
 
+# %% ../nbs/10c_packages.ipynb #86684415
 @contextmanager
 def without_warnings(
     kind:type=Warning, # the warnings that are not shown
 ):
-    "Do without warnings, one thread at a time: Python's filters belong to the whole process."
+    "Do without warnings, one thread at a time."
     import warnings
     with _one_at_a_time, warnings.catch_warnings():
         warnings.simplefilter('ignore', kind)
@@ -222,9 +226,10 @@ def writable(
     return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 def lend_caches():
-    "Give librosa, matplotlib and torch a temporary folder for their caches where the user's cannot be written."
+    "Give libraries a temporary folder for their caches where the user's cannot be written."
     unknown = os.path.expanduser('~') == '~'                         # a user without a home
-    if not unknown and writable(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')): return
+    usual = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    if not unknown and writable(usual): return
     try: folder = tempfile.mkdtemp(prefix='saxgpt-')
     except OSError: return
     def remove(mine=os.getpid()):
@@ -232,5 +237,7 @@ def lend_caches():
     atexit.register(remove)
     if unknown: os.environ['HOME'] = folder
     package = os.path.dirname(getattr(find_spec('librosa'), 'origin', None) or '/')
-    if not writable(os.path.join(package, '__pycache__')): os.environ.setdefault('NUMBA_CACHE_DIR', os.path.join(folder, 'numba'))
-    for variable in ('MPLCONFIGDIR', 'TORCHINDUCTOR_CACHE_DIR'): os.environ.setdefault(variable, os.path.join(folder, variable))
+    lent = dict(MPLCONFIGDIR=True, TORCHINDUCTOR_CACHE_DIR=True,
+                NUMBA_CACHE_DIR=not writable(os.path.join(package, '__pycache__')))
+    for name, needed in lent.items():
+        if needed: os.environ.setdefault(name, os.path.join(folder, name))

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['SCHEMES', 'WAITS', 'LOGIN', 'BLOCK', 'RemoteError', 'RemoteMissing', 'Garbled', 'is_remote', 'passing', 'retrying',
-           'download', 'cache', 'in_turn', 'fetch', 'put', 'read_text', 'list_names', 'remove']
+           'backoff', 'download', 'cache', 'fetch', 'put', 'read_text', 'list_names', 'remove']
 
 # %% ../nbs/10b_remote.ipynb #b3f03feb
 import asyncio, base64, hashlib, inspect, math, os, random, re, time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from urllib.parse import unquote
 
-
-from .files import WriteError, atomic_path, content_hash, expanded, is_name, locked, printable, reason
+from .files import (WriteError, atomic_path, content_hash, expanded, is_name, locked, printable,
+                          reason)
 from .packages import needs
 from .words import notify
 
@@ -41,7 +41,8 @@ def _parts(url):
     "(scheme, bucket and key) of a URL."
     m = re.fullmatch(r'(\w+)://([^/]+)(/.*)?', str(url), re.S)
     if m and m[1] in SCHEMES and '\0' not in url: return m[1], (m[2] + (m[3] or '')).rstrip('/')
-    raise RemoteError(f'{url}: is no address of a file in a bucket; it is written gs://BUCKET/FOLDER/NAME')
+    raise RemoteError(f'{url}: is no address of a file in a bucket; '
+                      'it is written gs://BUCKET/FOLDER/NAME')
 
 # %% ../nbs/10b_remote.ipynb #1f12e666
 def passing(
@@ -49,16 +50,44 @@ def passing(
 )->bool:
     "Whether the same request may well work in a moment."
     if isinstance(e, (ConnectionError, TimeoutError, asyncio.TimeoutError, EOFError)): return True
-    if getattr(e, 'retryable', False) or getattr(e.__cause__, 'retryable', False): return True      # google-auth says so itself
+    if getattr(e, 'retryable', False) or getattr(e.__cause__, 'retryable', False):
+        return True                                                  # google-auth says so itself
     kinds = {c.__name__ for c in type(e).__mro__}
     if 'HttpError' in kinds: return str(e.code) in ('408', '429') or str(e.code).startswith('5')
-    return bool(kinds & {'ClientConnectionError', 'ClientPayloadError', 'ChecksumError', 'TransportError', 'RequestException'})
+    return bool(kinds & {'ClientConnectionError', 'ClientPayloadError', 'ChecksumError',
+                         'TransportError', 'RequestException'})
+
+# %% ../nbs/10b_remote.ipynb #51406153
+def retrying(
+    pause, # (error, failures before it) -> seconds to wait; None where there is no use
+    tell=lambda e, seconds: None, # is told before each wait
+): # a decorator, also for `async` functions
+    "Call a function again while its errors pass by themselves."
+    from tenacity import retry                                       # loads slowly, rarely needed
+    def seconds(state): return pause(state.outcome.exception(), state.attempt_number - 1)
+    def again(state):
+        return isinstance(state.outcome.exception(), Exception) and seconds(state) is not None
+    def say(state): tell(state.outcome.exception(), state.next_action.sleep)
+    return retry(retry=again, wait=seconds, before_sleep=say, reraise=True)
+
+# %% ../nbs/10b_remote.ipynb #c6d37b54
+WAITS = (1, 2, 4, 8, 16, 30, 60)    # seconds
+_dice = random.Random(os.urandom(8))
+
+def backoff(
+    when=passing, # whether an error passes by itself
+    waits=None, # seconds; None for `WAITS`
+): # a policy for `retrying`
+    "Wait twice as long after each failure, and not for ever."
+    def pause(e, n):
+        known = WAITS if waits is None else waits
+        return known[n]*_dice.uniform(.75, 1.25) if n < len(known) and when(e) else None
+    return pause
 
 # %% ../nbs/10b_remote.ipynb #b9c99656
-WAITS = (1, 2, 4, 8, 16, 30, 60)    # seconds
-_dice, _said = random.Random(os.urandom(8)), {}
+_said = {}
 
-def _tell(what, e):
+def _tell(what, e, seconds):
     "One line for as long as a bucket does not answer."
     now, before = time.monotonic(), _said.get(what, -math.inf)
     _said[what] = now
@@ -70,21 +99,10 @@ def _why(e):
     code = getattr(e, 'code', None)
     return f'status {code}' if code else printable(reason(e))[:200]
 
-# %% ../nbs/10b_remote.ipynb #51406153
-async def retrying(
-    fn, # makes what is awaited
-    what:str, # for the message
-    waits=None, # pauses in seconds; None for `WAITS`
-):
-    "The result of `await fn()`, tried again while what it raises is `passing`."
-    for wait in (*(WAITS if waits is None else waits), None):
-        try: return await fn()
-        except Exception as e:
-            if wait is None or not passing(e): raise
-            _tell(what, e)
-        await asyncio.sleep(wait*_dice.uniform(.75, 1.25))
-
 # %% ../nbs/10b_remote.ipynb #e5df7893
+LOGIN = ('log in with `gcloud auth application-default login`, or name a key file in '
+         'GOOGLE_APPLICATION_CREDENTIALS')
+
 def _login():
     "What gcsfs calls a token: Google's default login, or 'anon'."
     with needs('google-auth, which gs:// needs,', 'google-auth', 'vertex', RemoteError):
@@ -96,33 +114,36 @@ def _login():
         raise RemoteError(f'GOOGLE_APPLICATION_CREDENTIALS: {_why(e)}; {LOGIN}') from None
     return 'google_default'
 
-LOGIN = 'log in with `gcloud auth application-default login`, or name a key file in GOOGLE_APPLICATION_CREDENTIALS'
-
 # %% ../nbs/10b_remote.ipynb #6c34577a
 def _patient():
     "gcsfs's plain file system, whose requests are sent again by `retrying` alone."
     from aiohttp import ClientTimeout
     from gcsfs.core import GCSFileSystem
-    once, limits = inspect.unwrap(GCSFileSystem._request), ClientTimeout(total=300, sock_connect=30, sock_read=60)
+    once = inspect.unwrap(GCSFileSystem._request)                    # without its own loop
     class _PatientGCS(GCSFileSystem):
         async def _request(self, method, path, *args, **kwargs):
             m = re.search(r'\bb/([^/?]+)', self._format_path(path, args))
-            waits = () if method == 'DELETE' and 'upload_id=' in path else None     # an upload that was given up
-            return await retrying(partial(once, self, method, path, *args, **kwargs), f'gs://{unquote(m[1]) if m else ""}', waits)
+            tell = partial(_tell, f'gs://{unquote(m[1]) if m else ""}')
+            given_up = method == 'DELETE' and 'upload_id=' in path
+            ask = once if given_up else retrying(backoff(), tell)(once)
+            return await ask(self, method, path, *args, **kwargs)
+    limits = ClientTimeout(total=300, sock_connect=30, sock_read=60)
     return partial(_PatientGCS, requests_timeout=limits, use_listings_cache=False)
 
 # %% ../nbs/10b_remote.ipynb #7599bde9
 @lru_cache
-def _store(scheme, host, pid):      # a file system does not survive a fork: one for each process
+def _store(scheme, host, pid):
     import fsspec
     if scheme == 'memory': return fsspec.filesystem('memory')
     with needs('gcsfs, which gs:// needs,', 'gcsfs', 'vertex', RemoteError): make = _patient()
-    return make(token='anon', endpoint_url=host if '://' in host else f'http://{host}') if host else make(token=_login())
+    if not host: return make(token=_login())
+    return make(token='anon', endpoint_url=host if '://' in host else f'http://{host}')
 
 def _open(url):
     "(file system, path in it) of a URL."
     scheme, path = _parts(url)
-    store = _store('gs' if scheme == 'gcs' else scheme, os.environ.get('STORAGE_EMULATOR_HOST', ''), os.getpid())
+    host = os.environ.get('STORAGE_EMULATOR_HOST', '')
+    store = _store('gs' if scheme == 'gcs' else scheme, host, os.getpid())
     return store, store._strip_protocol(f'{scheme}://{path}')
 
 # %% ../nbs/10b_remote.ipynb #bf02094b
@@ -137,15 +158,18 @@ def _meaning(e, url, store, at):
     "The `RemoteError` for what gcsfs raised."
     bucket, code = f'gs://{at.split("/")[0]}', str(getattr(e, 'code', ''))
     said = printable((reason(e).strip().splitlines() or [''])[-1])[:200]
+    kinds = {c.__name__ for c in type(e).__mro__}
     if isinstance(e, FileNotFoundError):
-        make = f'check its name, or make it with `gcloud storage buckets create {bucket}`'
-        if _no_bucket(store, at): return RemoteMissing(f'{url}: there is no bucket {bucket}; {make}')
-        return RemoteMissing(f'{url}: there is no such object in the bucket')
-    if code == '401' or 'GoogleAuthError' in {c.__name__ for c in type(e).__mro__}:
-        return RemoteError(f'{url}: not logged in to Google Cloud; {LOGIN}')
-    if str(e).startswith('Forbidden'):
-        return RemoteError(f'{url}: this login may not do that ({said}); ask for the role Storage Object User on {bucket}')
-    if passing(e): return RemoteError(f'{url}: no answer from the bucket ({_why(e)}); look at the network and start again')
+        if not _no_bucket(store, at):
+            return RemoteMissing(f'{url}: there is no such object in the bucket')
+        return RemoteMissing(f'{url}: there is no bucket {bucket}; check its name, or make it with '
+                             f'`gcloud storage buckets create {bucket}`')
+    if code == '401' or 'GoogleAuthError' in kinds: said = f'not logged in to Google Cloud; {LOGIN}'
+    elif str(e).startswith('Forbidden'):
+        said = (f'this login may not do that ({said}); '
+                f'ask for the role Storage Object User on {bucket}')
+    elif passing(e):
+        said = f'no answer from the bucket ({_why(e)}); look at the network and start again'
     return RemoteError(f'{url}: {said}')
 
 # %% ../nbs/10b_remote.ipynb #805e9ca4
@@ -153,9 +177,10 @@ def _meaning(e, url, store, at):
 def _told(url, store, at):
     try: yield
     except (RemoteError, WriteError): raise
-    except (OSError, ValueError, RuntimeError, EOFError) as e: raise _meaning(e, url, store, at) from None
     except Exception as e:
-        if type(e).__module__.split('.')[0] not in ('gcsfs', 'google', 'aiohttp', 'requests', 'asyncio', 'fsspec'): raise
+        theirs = 'gcsfs', 'google', 'aiohttp', 'requests', 'asyncio', 'fsspec'
+        known = isinstance(e, (OSError, ValueError, RuntimeError, EOFError))
+        if not known and type(e).__module__.split('.')[0] not in theirs: raise
         raise _meaning(e, url, store, at) from None
 
 # %% ../nbs/10b_remote.ipynb #d6ae4bea
@@ -163,16 +188,18 @@ BLOCK = 16 << 20    # bytes of one request; a multiple of 256 KiB, which uploads
 
 def _bring(store, at, about, path, url):
     "Download one version of an object."
-    pin, md5 = {k: about[k] for k in ('generation',) if about.get(k)}, hashlib.md5(usedforsecurity=False)
-    if about['size'] > 1 << 27: notify(f'fetching {url} ({about["size"]/1e9:.1f} GB)')
+    size, md5 = about['size'], hashlib.md5(usedforsecurity=False)
+    pin = {k: about[k] for k in ('generation',) if about.get(k)}
+    if size > 1 << 27: notify(f'fetching {url} ({size/1e9:.1f} GB)')
     with atomic_path(path) as tmp:
         with open(tmp, 'wb') as f:
-            for start in range(0, about['size'], BLOCK):
-                data = store.cat_file(at, start=start, end=min(start + BLOCK, about['size']), **pin)
+            for start in range(0, size, BLOCK):
+                data = store.cat_file(at, start=start, end=min(start + BLOCK, size), **pin)
                 md5.update(data)
                 f.write(data)
         same = about.get('md5Hash') in (None, base64.b64encode(md5.digest()).decode())
-        if tmp.stat().st_size != about['size'] or not same: raise Garbled(f'{url}: what came is not what the store has noted; start again')
+        if tmp.stat().st_size != size or not same:
+            raise Garbled(f'{url}: what came is not what the store has noted; start again')
 
 # %% ../nbs/10b_remote.ipynb #93670c17
 def _latest(url, bring):
@@ -198,21 +225,6 @@ def cache()->Path: # a folder
     "Where this machine keeps what it has fetched."
     return Path(expanded(os.environ.get('SAXGPT_CACHE') or '~/.cache/saxgpt'))
 
-@contextmanager
-def in_turn(
-    folder, # made when absent
-):
-    "Hold a folder as `locked` does, but wait for whoever has it."
-    while True:
-        with ExitStack() as stack:
-            try: stack.enter_context(locked(folder))
-            except WriteError as e:
-                if not isinstance(e.__context__, BlockingIOError): raise
-            else:
-                yield
-                return
-        time.sleep(.1)
-
 # %% ../nbs/10b_remote.ipynb #849f04c8
 def fetch(
     url, # gs://BUCKET/NAME, or a local path
@@ -221,11 +233,13 @@ def fetch(
     "A local file with the content of an object; a local path is given back as it is."
     if not is_remote(url): return Path(url)
     name = _parts(url)[1].split('/')[-1]
-    if not is_name(name) or name.startswith('.'): raise RemoteError(f'{url}: {name!r} is no name for a file here')
+    if not is_name(name) or name.startswith('.'):
+        raise RemoteError(f'{url}: {name!r} is no name for a file here')
     def once(store, at, about):
-        out = Path(folder or cache()/'files')/content_hash(url, about.get('generation') or [about['size'], str(about.get('created'))])/name
+        version = about.get('generation') or [about['size'], str(about.get('created'))]
+        out = Path(folder or cache()/'files')/content_hash(url, version)/name
         if not out.is_file():
-            with in_turn(out.parent):
+            with locked(out.parent, wait=True):
                 if not out.is_file(): _bring(store, at, about, out, url)
         return out
     return _latest(url, once)
@@ -238,17 +252,21 @@ def put(
     "Upload a file; readers see the old object or the new one."
     store, at = _open(url)
     whole = isinstance(data, bytes)
-    if not whole and not Path(data).is_file(): raise FileNotFoundError(2, 'there is no such file', str(data))
-    sure = {} if not hasattr(store, 'call') else dict(consistency='md5', chunksize=BLOCK // 2)
-    with _told(url, store, at):
-        for again in (2, 1, 0):
-            try: return store.pipe_file(at, data, **sure) if whole else store.put_file(str(data), at, **sure)
-            except Exception as e:
-                if whole or not again or not _forgotten(e) or _no_bucket(store, at): raise
+    if not whole and not Path(data).is_file():
+        raise FileNotFoundError(2, 'there is no such file', str(data))
+    sure = dict(consistency='md5', chunksize=BLOCK // 2) if hasattr(store, 'call') else {}
+    def send():
+        if whole: return store.pipe_file(at, data, **sure)
+        return store.put_file(str(data), at, **sure)
+    def anew(e, n):
+        lost = n < 2 and not whole and _forgotten(e) and not _no_bucket(store, at)
+        return 0 if lost else None
+    with _told(url, store, at): retrying(anew)(send)()
 
 def _forgotten(e):
-    "Whether a server has lost an upload in parts, which it may, so that one begins again from the first."
-    return isinstance(e, (FileNotFoundError, ValueError)) or str(getattr(e, 'code', '')) in ('400', '410')
+    "Whether a server has lost an upload in parts."
+    gone = str(getattr(e, 'code', '')) in ('400', '410')
+    return gone or isinstance(e, (FileNotFoundError, ValueError))
 
 # %% ../nbs/10b_remote.ipynb #c6aec885
 def read_text(
@@ -271,13 +289,15 @@ def list_names(
         except FileNotFoundError:
             if _no_bucket(store, at): raise
             return []
-    return sorted({n for p in found if p.startswith(at + '/') and is_name(n := p[len(at) + 1:].rstrip('/'))})
+    names = {p[len(at) + 1:].rstrip('/') for p in found if p.startswith(at + '/')}
+    return sorted(filter(is_name, names))
 
 def remove(
     url:str, # of an object, or of a folder with all that is in it
 ):
     "Delete; what is not there is gone already."
-    if '/' not in _parts(url)[1]: raise RemoteError(f'{url}: is a whole bucket; name what to delete in it')
+    if '/' not in _parts(url)[1]:
+        raise RemoteError(f'{url}: is a whole bucket; name what to delete in it')
     store, at = _open(url)
     with _told(url, store, at):
         for p in store.find(at):

@@ -20,6 +20,7 @@ from ..config import ConfigError, DataConfig, DownloadConfig
 from ..files import (FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash,
                           map_parallel, printable, read_json, read_jsonl, reason, write_jsonl)
 from ..packages import needs
+from ..remote import retrying
 from ..words import bar
 
 # %% ../../nbs/00_data_download.ipynb #db4938b3
@@ -371,11 +372,9 @@ def retry(
     fetching=False, # as in `wait`
 ): # its result, at last
     "Do something until it succeeds or there is no use."
-    for n in itertools.count():
-        try: return work(n)
-        except Exception as e:
-            if (s := wait(e, n, self.cfg, fetching)) is None: raise
-        time.sleep(s)
+    tries = itertools.count()
+    attempt = retrying(lambda e, n: wait(e, n, self.cfg, fetching))(lambda: work(next(tries)))
+    return attempt()
 
 @patch
 def full(self:Web): # whether there are as many items as were asked for
