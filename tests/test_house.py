@@ -85,7 +85,7 @@ def test_one_notebook_makes_one_module():
 
 def test_nothing_else_at_the_top():
     allowed = set('nbs saxgpt tests settings.ini setup.py requirements.lock _quarto.yml README.md Makefile LICENSE CHANGELOG.md Dockerfile MANIFEST.in '
-                  '.ci .github .gitignore .dockerignore .gitattributes'.split())
+                  '.ci .github .gitignore .dockerignore .gitattributes CONTRIBUTING.md'.split())
     tracked = subprocess.run(['git', 'ls-files'], cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
     assert {f.split('/')[0] for f in tracked} <= allowed
 
@@ -120,9 +120,43 @@ def test_notebook_is_fit_to_read(path):
     assert len(ids) == len(set(ids))
 
 
+def course():
+    "The notebooks that the index lists under `## The course`, in reading order."
+    text = ''.join(map(source, cells(root/'nbs/index.ipynb'))).partition('## The course')[2].partition('\n## ')[0]
+    return [root/'nbs'/name for name in dict.fromkeys(re.findall(r'\((\d\d\w?_\w+\.ipynb)\)', text))]
+
+
+def test_the_course_is_an_afternoon():
+    "Words and exported lines within budget; each notebook ends with exercises."
+    words = lines = 0
+    for path in course():
+        for c in cells(path):
+            if c['cell_type'] == 'markdown': words += len(source(c).split())
+            elif re.match(r'#\|\s*export', source(c)): lines += sum(bool(l.strip()) for l in source(c).splitlines()[1:])
+        headings = [source(c) for c in cells(path) if c['cell_type'] == 'markdown' and source(c).startswith('## ')]
+        assert headings[-1].startswith('## Exercises') or headings[-2].startswith('## Exercises'), f'{path.name} has no exercises at its end'
+    assert 12 <= len(course()) <= 16 and words <= 12_000 and lines <= 1_950, (len(course()), words, lines)
+
+
+def test_the_course_comes_first_in_the_sidebar():
+    listed = re.findall(r'(\S+\.ipynb)', (root/'nbs/sidebar.yml').read_text())
+    assert listed[1:1 + len(course())] == [p.name for p in course()]
+
+
+def test_a_public_name_stands_in_one_module():
+    "Functions and classes; commands are all called `main`, and the data stages' `run`."
+    made = {}
+    for p in modules:
+        for n in ast.parse(p.read_text(encoding='utf-8')).body:
+            patched = getattr(n, 'decorator_list', ())[:1] and ast.unparse(n.decorator_list[0]).startswith('patch')
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != '_' and not patched:
+                made.setdefault(n.name, []).append(dotted(p))
+    assert not {k: v for k, v in made.items() if len(v) > 1 and k not in ('main', 'run')}
+
+
 def test_every_notebook_is_in_the_sidebar():
     listed = re.findall(r'(\S+\.ipynb)', (root/'nbs/sidebar.yml').read_text())
-    assert sorted(listed) == sorted([p.name for p in notebooks] + ['index.ipynb'])
+    assert sorted(listed) == sorted(p.name for p in (root/'nbs').glob('*.ipynb'))
 
 
 @pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
