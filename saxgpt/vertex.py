@@ -49,9 +49,7 @@ _forms = dict(
                      'us-central1-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG'))
 
 # %% ../nbs/14_vertex.ipynb #fb3a7646
-def check_rent(
-    rent:Rent,
-)->Rent: # the same
+def check_rent(rent:Rent)->Rent: # the same
     "Tell what cannot be right; raises `ConfigError`."
     for key, (form, meant) in _forms.items():
         value, flag = getattr(rent, key), '--' + key.replace('_', '-')
@@ -176,9 +174,7 @@ QUOTAS = 'https://console.cloud.google.com/iam-admin/quotas'
 
 def _kinds(e)->set: return {c.__name__ for c in type(e).__mro__}
 
-def is_transient(
-    e:Exception,
-)->bool:
+def is_transient(e:Exception)->bool:
     "Whether the same request may well work in a moment."
     passing = 'ServerError', 'TransportError', 'RetryError', 'ConnectionError', 'TimeoutError'
     return not _kinds(e).isdisjoint(passing)
@@ -206,9 +202,7 @@ def explained(
     return VertexError(f'{where}: {found}') if found else e
 
 # %% ../nbs/14_vertex.ipynb #6701798c
-def job_client(
-    region:str,
-): # a `JobServiceClient`
+def job_client(region:str): # a `JobServiceClient`
     "Whom to ask for jobs in a region."
     with needs('google-cloud-aiplatform', extra='vertex', error=VertexError):
         from google.cloud.aiplatform_v1 import JobServiceClient

@@ -112,9 +112,7 @@ def setup(
     return World(rank, size, device)
 
 # %% ../../nbs/07c_distributed.ipynb #1762e7a7
-def lost_peer(
-    error:BaseException,
-)->bool:
+def lost_peer(error:BaseException)->bool:
     "Whether an error only says that another process is gone, or silent for too long."
     said = r'gloo|NCCL|Connection (closed|reset|refused)|Broken pipe'
     if isinstance(error, (dist.DistError, PeerError)): return True
