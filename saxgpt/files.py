@@ -466,9 +466,7 @@ def locked(
         yield
 
 # %% ../nbs/10a_files.ipynb #79a78bc3
-def try_call(
-    fn, *args
-): # what `fn(*args)` returns, or the exception that it raises
+def try_call(fn, *args): # what `fn(*args)` returns, or the exception that it raises
     "Call a function and hand over its exception as its result."
     try: return fn(*args)
     except Exception as e: return e

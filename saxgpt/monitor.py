@@ -159,9 +159,7 @@ def state(
     return 'quiet' if silence > patience else 'running'
 
 # %% ../nbs/07e_monitor.ipynb #1b38fdd1
-def duration_text(
-    seconds:float,
-)->str: # such as '3 h 05 min'
+def duration_text(seconds:float)->str: # such as '3 h 05 min'
     "A duration for people."
     if not math.isfinite(seconds): return '?'
     m, s = divmod(round(seconds), 60)

@@ -40,7 +40,6 @@ class Rent:
     labels: dict = field(default_factory=dict) # to tell bills apart
     env: dict = field(default_factory=dict) # variables of the container
 
-# %% ../nbs/14_vertex.ipynb #fb3a7646
 _forms = dict(
     project_id=(r'([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]|\d+',
                 'the id of a Google Cloud project, such as my-project-123'),
@@ -49,9 +48,8 @@ _forms = dict(
     image_uri=('.+', 'an image in a registry, such as '
                      'us-central1-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG'))
 
-def check_rent(
-    rent:Rent,
-)->Rent: # the same
+# %% ../nbs/14_vertex.ipynb #fb3a7646
+def check_rent(rent:Rent)->Rent: # the same
     "Tell what cannot be right; raises `ConfigError`."
     for key, (form, meant) in _forms.items():
         value, flag = getattr(rent, key), '--' + key.replace('_', '-')
@@ -102,6 +100,7 @@ def _far_folder(out, bucket):
     if {'..', '/', '.'} & {*parts}: parts = 'models', parts[-1]
     return f'gs://{bucket}/' + '/'.join(parts)
 
+# %% ../nbs/14_vertex.ipynb #9accc6db
 def cloud_config(
     cfg:RunConfig, # as for this machine
     bucket:str, # name
@@ -171,18 +170,16 @@ def job_request(
 class VertexError(OSError):
     "Something that Vertex AI did not do; one line that says why and what to do."
 
+QUOTAS = 'https://console.cloud.google.com/iam-admin/quotas'
+
 def _kinds(e)->set: return {c.__name__ for c in type(e).__mro__}
 
-def is_transient(
-    e:Exception,
-)->bool:
+def is_transient(e:Exception)->bool:
     "Whether the same request may well work in a moment."
     passing = 'ServerError', 'TransportError', 'RetryError', 'ConnectionError', 'TimeoutError'
     return not _kinds(e).isdisjoint(passing)
 
 # %% ../nbs/14_vertex.ipynb #6ffcffac
-QUOTAS = 'https://console.cloud.google.com/iam-admin/quotas'
-
 def explained(
     e:Exception, # what a request has raised
     where:str, # project and region, for the message
@@ -205,9 +202,7 @@ def explained(
     return VertexError(f'{where}: {found}') if found else e
 
 # %% ../nbs/14_vertex.ipynb #6701798c
-def job_client(
-    region:str,
-): # a `JobServiceClient`
+def job_client(region:str): # a `JobServiceClient`
     "Whom to ask for jobs in a region."
     with needs('google-cloud-aiplatform', extra='vertex', error=VertexError):
         from google.cloud.aiplatform_v1 import JobServiceClient

@@ -46,25 +46,19 @@ def peak_of(name:str)->float:
     words = re.split('[ -]', name)
     return next((1e12*v for k, v in PEAKS.items() if set(k.split()) <= set(words)), None)
 
-def peak_flops(
-    device:torch.device,
-)->float: # operations per second; None where it is not known
+def peak_flops(device:torch.device)->float: # operations per second; None where it is not known
     "What the device could do at best."
     return peak_of(torch.cuda.get_device_name(device)) if device.type == 'cuda' else None
 
 # %% ../../nbs/07h_throughput.ipynb #ad092313
-def memory_gb(
-    device:torch.device,
-)->float: # GB, peak of this process
+def memory_gb(device:torch.device)->float: # GB, peak of this process
     "Memory that training has taken at most."
     if device.type == 'cuda': return torch.cuda.max_memory_reserved(device)/1e9
     import resource                                                 # Unix only
     unit = 1 if sys.platform == 'darwin' else 1024
     return unit*resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e9
 
-def free_gb(
-    device:torch.device,
-)->float: # GB
+def free_gb(device:torch.device)->float: # GB
     "Memory that training may take, with a twentieth left to others."
     if device.type == 'cuda': return .95*torch.cuda.mem_get_info(device)[0]/1e9
     known = []
