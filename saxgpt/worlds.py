@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np, torch
+from fastcore.basics import patch
 
 from .audio import SAMPLE_RATE
 from .codec import load_codec
 from .config import command, device_name
 from .demo import VERSION, compose, render, truth_of
-from .evaluate import ResultCache, clean, mean_ci, plain
+from .evaluate import ResultCache, mean_ci, plain, resumable
 from .files import locked, output_path, save_picture, write_text
 from .fit import fit_scores, partner, transpose
 from .generate import distance_to_corpus, notice_strange
@@ -50,21 +51,20 @@ class WorldSpec(NamedTuple):
     pools: tuple              # of `make_pool`, by turns
     kinds: tuple = ('clean',) # of recording, by turns
 
-def make_worlds(
-    fonts=None, # folder of soundfonts
-    use:str='validate', # or 'test'
-)->dict: # name -> World
-    "All worlds whose fonts are there."
+def make_worlds(fonts=None, use:str='validate')->dict: # fonts: a folder; use: or 'test'
+    "All worlds whose fonts are there, by their names."
     all_, held = {k: trained(k) for k in ('feels', 'bands')}, HELD_BACK[use]
     own = make_pool(fonts, **all_)
     odd = tuple(make_pool(fonts, **all_ | {k: names}) for k, names in held.items())
-    worlds = dict(own=WorldSpec('fonts, feels and bands of the training set, without a room', (own,)),
-                  band=WorldSpec(f'feel {held["feels"][0]}, and band {held["bands"][0]}', odd),
-                  recording=WorldSpec('rooms, mastering, noise and lossy codecs', (own,),
-                                  tuple(k for k in KINDS if k != 'clean')))
-    try: worlds['font'] = WorldSpec('other soundfonts, the notes of own', (make_pool(fonts, use, **all_),))
-    except ValueError: pass # none is there
-    return worlds
+    foreign = f'feel {held["feels"][0]}, and band {held["bands"][0]}'
+    worlds = dict(
+        own=WorldSpec('fonts, feels and bands of the training set, without a room', (own,)),
+        band=WorldSpec(foreign, odd),
+        recording=WorldSpec('rooms, mastering, noise and lossy codecs', (own,),
+                            tuple(k for k in KINDS if k != 'clean')))
+    try: other = make_pool(fonts, use, **all_)
+    except ValueError: return worlds # none is there
+    return worlds | dict(font=WorldSpec('other soundfonts, the notes of own', (other,)))
 
 # %% ../nbs/09f_worlds.ipynb #03915080
 class Stretch(NamedTuple):
@@ -74,19 +74,15 @@ class Stretch(NamedTuple):
     truth: dict         # as in truth.json
     start: float        # s, where the stretch begins
 
-def hear(
-    world:WorldSpec,
-    seed:int,
-    i:int, # number of the tune
-    seconds:float=30., # at most
-)->Stretch:
-    "Compose and render a tune of a world."
-    pool, kind = world.pools[i % len(world.pools)], world.kinds[i % len(world.kinds)]
+def hear(world:WorldSpec, seed:int, i:int, seconds:float=30.)->Stretch:
+    "Compose and render tune i of a world."
+    pool, kind = (of[i % len(of)] for of in (world.pools, world.kinds))
     tune = compose([seed, i], seconds + 15, 'wide', pool=pool, recording=dict(kind=kind))
     lead, backing = render(tune)
     first = max(0, int(50*(tune.lead[0].start - 1)))
     a, n = first*640, round(50*seconds)*640
-    return Stretch(backing[:, a:a + n], lead[:, a:a + n], truth_of(tune, backing=False), first/50)
+    truth = truth_of(tune, backing=False)
+    return Stretch(backing[:, a:a + n], lead[:, a:a + n], truth, first/50)
 
 # %% ../nbs/09f_worlds.ipynb #8f9d25a9
 SCORES = ('note_in_chord', 'note_in_scale', 'onset_alignment', 'beat_f1', 'voiced', 'onsets')
@@ -97,110 +93,125 @@ class Row:
         self.player, self.store, self.n = player, store, n
         self.cache_key = [VERSION, world._asdict(), seconds, seed]
         self.hear = lru_cache(None)(lambda i: hear(world, seed, i, seconds))
-        self.backing = lru_cache(None)(lambda i: describe_backing(self.hear(i).backing, self.hear(i).truth, self.hear(i).start))
+        def described(i):
+            backing, _, truth, start = self.hear(i)
+            return describe_backing(backing, truth, start)
+        self.backing = lru_cache(None)(described)
 
     def truths(self): # what is enough to find partners
-        keep = ('key', 'seed', 'bpm', 'feel')
-        def truth(i): return self.store('truths', [*self.cache_key, i], lambda: {k: self.hear(i).truth[k] for k in keep})
-        return [truth(i) for i in range(self.n)]
+        def truth(i): return {k: self.hear(i).truth[k] for k in ('key', 'seed', 'bpm', 'feel')}
+        return [self.store('truths', [*self.cache_key, i], lambda: truth(i)) for i in range(self.n)]
 
     def scores(self, i, lead): # of a sound against three backings
         solo, truths, out = describe_solo(lead), self.truths(), {}
         for kind in ('own', 'same_key', 'another'):
-            j, up = (i, 0) if kind == 'own' else partner(truths, i, same_key=kind == 'same_key') or (None, 0)
-            if j is not None: out[kind] = {k: v for k, v in fit_scores(solo, transpose(self.backing(j), up)).items() if k in SCORES}
+            other = (i, 0) if kind == 'own' else partner(truths, i, same_key=kind == 'same_key')
+            if not other: continue
+            found = fit_scores(solo, transpose(self.backing(other[0]), other[1]))
+            out[kind] = {k: found[k] for k in found if k in SCORES}
         return out
 
-    def real(self, i):
-        return self.store('real', [*self.cache_key, self.n, i], lambda: self.scores(i, self.hear(i).lead))
+# %% ../nbs/09f_worlds.ipynb #e42b32ef
+@patch
+def real(self:Row, i:int)->dict:
+    "Scores of the real solo of tune i."
+    def work(): return self.scores(i, self.hear(i).lead)
+    return self.store('real', [*self.cache_key, self.n, i], work)
 
-    def played(self, i):
-        model, codec, settings, chosen, who = self.player
-        def work():
-            coded = encode_audio(codec.for_backing, self.hear(i).backing)
-            known, own = model.about['backings'], settings
-            if known: own, _ = notice_strange(distance_to_corpus(codec, self.hear(i).backing, known), known, settings, chosen)
-            codes = generate_codes(model, coded, [i], codec=codec, **own)
-            heard = [c.sounding(of)[0].cpu().numpy() for c, of in ((codec, codes), (codec.for_backing, coded))]
-            beats = longest_silence(*heard)/50*self.truths()[i]['bpm']/60
-            sound = codec.decode(codes)[0].cpu().numpy()
-            return self.scores(i, sound) | dict(silence=beats/FEELS[self.truths()[i]['feel']].meter)
-        return self.store('played', [*self.cache_key, self.n, i, who, settings], work)
+@patch
+def played(self:Row, i:int)->dict:
+    "Scores of the played solo of tune i, and its silence."
+    model, codec, settings, chosen, who = self.player
+    def work():
+        backing, truth, own = self.hear(i).backing, self.truths()[i], settings
+        coded = encode_audio(codec.for_backing, backing)
+        if known := model.about['backings']:
+            far = distance_to_corpus(codec, backing, known)
+            own, _ = notice_strange(far, known, settings, chosen)
+        codes = generate_codes(model, coded, [i], codec=codec, **own)
+        heard = codec.sounding(codes), codec.for_backing.sounding(coded)
+        beats = longest_silence(*(x[0].cpu().numpy() for x in heard))/50*truth['bpm']/60
+        sound = codec.decode(codes)[0].cpu().numpy()
+        return self.scores(i, sound) | dict(silence=beats/FEELS[truth['feel']].meter)
+    return self.store('played', [*self.cache_key, self.n, i, who, settings], work)
 
 # %% ../nbs/09f_worlds.ipynb #fb1fd2df
-def measure_world(
-    row:Row,
-    progress=lambda x: x, # such as tqdm
-)->dict: # metric -> series -> mean, low, high, n; and silence
-    "Play and judge all tunes of a world."
+def measure_world(row:Row, progress=lambda x: x)->dict: # metric -> series -> mean, low, high, n
+    "Play and judge all tunes of a world; also its silence."
     real, played = zip(*[(row.real(i), row.played(i)) for i in progress(range(row.n))])
-    series = dict(real=[r['own'] for r in real], played=[p['own'] for p in played],
-                  same_key=[p.get('same_key') for p in played], another=[p.get('another') for p in played])
-    out = {m: {k: mean_ci([v and v[m] for v in s], binary=m == 'beat_f1') for k, s in series.items()} for m in SCORES}
+    series = {k: [p.get(k) for p in played] for k in ('same_key', 'another')}
+    series = dict(real=[r['own'] for r in real], played=[p['own'] for p in played]) | series
+    out = {m: {k: mean_ci([v and v[m] for v in s], binary=m == 'beat_f1')
+               for k, s in series.items()} for m in SCORES}
     rests = [p['silence'] for p in played]
-    return out | dict(silence=dict(longest=max(rests), eight_bars=sum(r >= 8 for r in rests), n=len(rests)))
+    silence = dict(longest=max(rests), eight_bars=sum(r >= 8 for r in rests), n=len(rests))
+    return out | dict(silence=silence)
 
+# %% ../nbs/09f_worlds.ipynb #e963eb77
 def measure_worlds(
     worlds:dict, # as from `make_worlds`
-    checkpoint='bundled', # folder, or 'bundled'
-    output_dir='out/worlds', # for the pieces of work
-    n:int=16, # tunes of each world
-    seconds:float=30., # of each
-    seed:int=977, # of the tunes
-    device:str='cpu',
-    progress=lambda name: (lambda x: bar(x, desc=f'{name:10}')),
+    checkpoint='bundled', output_dir='out/worlds', # folders; the second for the pieces of work
+    n:int=16, seconds:float=30., seed:int=977, # tunes of each world, their length, of the tunes
+    device:str='cpu', progress=lambda name: (lambda x: bar(x, desc=f'{name:10}')),
     **settings # of `generate_codes`: temperature, top_k, top_p, guidance, density
 )->dict: # checkpoint, settings, worlds: name -> as from `measure_world`
     "The table of worlds; goes on where an earlier run stopped."
     model, info = load_model(checkpoint, device)
-    codec = load_codec(info['codec_name'], device)
-    chosen, settings = 'guidance' in settings, resolve_sampling(settings, model.cfg.condition_dropout)
-    player, out = (model, codec, settings, chosen, [info['source'].rpartition(' ')[2], codec.decoder_hash, chosen]), Path(output_dir)
+    codec, out = load_codec(info['codec_name'], device), Path(output_dir)
+    chosen = 'guidance' in settings
+    settings = resolve_sampling(settings, model.cfg.condition_dropout)
+    who = [info['source'].rpartition(' ')[2], codec.decoder_hash, chosen]
     with locked(out):
         for name in ('worlds.json', 'worlds.png'): output_path(out/name, checkpoint, named=False)
-        rows = {k: Row(w, player, ResultCache(out/'items'), n, seconds, seed) for k, w in worlds.items()}
-        got = {k: dict(about=worlds[k].about, **measure_world(row, progress(k))) for k, row in rows.items()}
-    return clean(plain(dict(checkpoint=info['source'], step=info['step'], settings=settings, n=n, seconds=seconds, seed=seed, worlds=got)))
+        player, store, got = (model, codec, settings, chosen, who), ResultCache(out/'items'), {}
+        for k, w in worlds.items():
+            row = Row(w, player, store, n, seconds, seed)
+            got[k] = dict(about=w.about, **measure_world(row, progress(k)))
+    return plain(dict(checkpoint=info['source'], step=info['step'], settings=settings, n=n,
+                      seconds=seconds, seed=seed, worlds=got), finite=True)
 
 # %% ../nbs/09f_worlds.ipynb #6c33bd00
-def as_table(
-    result:dict, # as from `measure_worlds`
-)->str: # lines of Markdown
-    "What `measure_worlds` found, for people."
-    def cell(row, m, k):
-        v = row[m][k]
-        return '' if v['mean'] is None else f'{v["mean"]:.2f}' + f' ({v["low"]:.2f} to {v["high"]:.2f})'*(k == 'played' and v['low'] is not None)
+def as_table(result:dict)->str: # as from `measure_worlds`
+    "What `measure_worlds` found, as a table in Markdown."
+    def cell(v, interval):
+        if v['mean'] is None: return ''
+        ends = f' ({v["low"]:.2f} to {v["high"]:.2f})' if interval and v['low'] is not None else ''
+        return f'{v["mean"]:.2f}{ends}'
     shown = dict(note_in_chord='notes in the chord', beat_f1='beat F1', voiced='time with a pitch')
-    lines = ['| world | | real | played | same key | another tune | silent for 8 bars |', '|---'*7 + '|']
+    lines = ['| world | | real | played | same key | another tune | silent for 8 bars |',
+             '|---'*7 + '|']
     for name, row in result['worlds'].items():
+        silent = f'{row["silence"]["eight_bars"]} of {row["silence"]["n"]}'
         for m, title in shown.items():
-            numbers = [cell(row, m, k) for k in ('real', 'played', 'same_key', 'another')]
+            series = 'real', 'played', 'same_key', 'another'
+            numbers = [cell(row[m][k], k == 'played') for k in series]
             if m == 'voiced': numbers[2:] = ['', '']
-            silent = f'{row["silence"]["eight_bars"]} of {row["silence"]["n"]}' if m == 'note_in_chord' else ''
-            lines.append(f'| {name if m == "note_in_chord" else ""} | {title} | ' + ' | '.join([*numbers, silent]) + ' |')
+            lines.append(f'| {name} | {title} | {" | ".join(numbers)} | {silent} |')
+            name = silent = ''
     return '\n'.join(lines)
 
-def plot_worlds(
-    results:dict, # label -> as from `measure_worlds`, such as before and after
-    fig=None, # a matplotlib figure to draw into; None makes one that a notebook shows
-): # the figure
-    "Notes in the chord in each world, between another tune's and the real solo's."
-    if fig is None: import matplotlib.pyplot as plt
-    names = list(next(iter(results.values()))['worlds'])
-    fig = fig or plt.figure()
+# %% ../nbs/09f_worlds.ipynb #be6d70b5
+def plot_worlds(results:dict, fig=None): # label -> as from `measure_worlds`
+    "Notes in the chord in each world; draws into a figure, or into one that a notebook shows."
+    if fig is None:
+        import matplotlib.pyplot as plt
+        fig = plt.figure()
+    first = next(iter(results.values()))['worlds']
+    names, width = list(first), .8/len(results)
     fig.set_size_inches(1.2 + 1.5*len(names), 2.8)
     fig.set_layout_engine('constrained')
     ax = fig.subplots()
-    width = .8/len(results)
     for i, (label, r) in enumerate(results.items()):
         v = [r['worlds'][w]['note_in_chord']['played'] for w in names]
         mean = np.array([x['mean'] or 0 for x in v])
-        spread = np.abs([[x[k] if x[k] is not None else m for x, m in zip(v, mean)] for k in ('low', 'high')] - mean)
-        ax.bar(np.arange(len(names)) + (i - (len(results) - 1)/2)*width, mean, width*.9, yerr=spread, label=label, color=f'C{i}', capsize=2)
-    for k, style in (('real', '-'), ('another', ':')):
+        ends = [[m if x[k] is None else x[k] for x, m in zip(v, mean)] for k in ('low', 'high')]
+        at = np.arange(len(names)) + (i - (len(results) - 1)/2)*width
+        ax.bar(at, mean, width*.9, yerr=np.abs(ends - mean), label=label, color=f'C{i}', capsize=2)
+    for k, style, label in (('real', 'k-', 'real solo'), ('another', 'k:', "another tune's")):
         for x, w in enumerate(names):
-            level = r['worlds'][w]['note_in_chord'][k]['mean']
-            if level is not None: ax.plot((x - .45, x + .45), (level, level), 'k' + style, lw=1, label=f'{k} solo' if k == 'real' and not x else "another tune's" if not x else None)
+            y = first[w]['note_in_chord'][k]['mean']
+            if y is None: continue
+            ax.plot((x - .45, x + .45), (y, y), style, lw=1, label=None if x else label)
     ax.set(xticks=range(len(names)), xticklabels=names, ylim=(0, 1), ylabel='time on chord tones')
     ax.legend(fontsize=7, ncols=2)
     return fig
@@ -218,12 +229,14 @@ def main(
     cuda:bool=False, # use the GPU
 ):
     "Measure a checkpoint over bands that it did not learn from."
-    if n < 2: raise ValueError(f'--n: given {n}; at least 2, since another tune is needed to compare with')
+    if n < 2:
+        raise ValueError(f'--n: given {n}; at least 2, since another tune is needed to compare '
+                         'with')
     if not 4 <= seconds <= 600: raise ValueError(f'--seconds: given {seconds:g}; from 4 to 600')
     if fonts and not Path(fonts).is_dir(): raise ValueError(f'--fonts: there is no folder {fonts}')
     worlds, out = make_worlds(fonts, 'test' if test else 'validate'), Path(output_dir)
-    try: result = measure_worlds(worlds, checkpoint, out, n, seconds, seed, device_name(cuda))
-    except KeyboardInterrupt: raise KeyboardInterrupt(f'what is done is in {out/"items"}; the same command goes on from there') from None
+    with resumable(out/'items'):
+        result = measure_worlds(worlds, checkpoint, out, n, seconds, seed, device_name(cuda))
     write_text(out/'worlds.json', json.dumps(result, indent=1) + '\n')
     tell(as_table(result), 'stdout')
     save_picture(out/'worlds.png', lambda fig: plot_worlds({str(checkpoint): result}, fig))

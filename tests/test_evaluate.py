@@ -23,7 +23,7 @@ from saxgpt.data.download import find_recordings, ingest
 from saxgpt.data.splits import split_of
 from saxgpt.demo import make_corpus
 from saxgpt.doctor import BROWSERS
-from saxgpt.evaluate import mean_ci
+from saxgpt.evaluate import make_plan, mean_ci
 from saxgpt.fad import FadError, fad, library_points
 from saxgpt.files import read_jsonl, read_tensors, write_jsonl
 from saxgpt.fit import FIT
@@ -402,13 +402,14 @@ def test_sweep_plays_validation_tunes_once(data, tmp_path, monkeypatch):
     played, real = [], saxgpt.evaluate.generate_codes
     monkeypatch.setattr(saxgpt.evaluate, 'generate_codes', lambda *a, **kw: (played.append(kw), real(*a, **kw))[1])
     bold, shy = (dict(temperature=t, top_k=250, top_p=0., guidance=g) for t, g in ((1., 2.), (.5, 1.)))
-    def swept(*grid): return sweep(cfg, 'bundled', tmp_path/'out', grid, n=2, seconds=4., progress=lambda x: x)
+    plan = make_plan(samples=2, seconds=4.)
+    def swept(*grid): return sweep(cfg, 'bundled', tmp_path/'out', grid, plan, progress=lambda x: x)
     one = swept(bold)
     assert played == [bold] and [r['name'] for r in one['rows']] == ['real', 'shuffled', 'played'] and one['windows'] == 2 and one['seconds'] == 4
     two = swept(bold, shy)
     assert played == [bold, shy] and two['rows'][:3] == one['rows'] and two['rows'][3]['temperature'] == .5
     assert two['rows'][3]['voiced'] != two['rows'][2]['voiced'] and json.dumps(two, allow_nan=False)
     with pytest.raises(CodecMismatch, match='foreign: made with'):
-        sweep(cfg, make_checkpoint(tmp_path/'foreign', codec_hash='another'), tmp_path/'none', [bold], n=2, seconds=4.)
+        sweep(cfg, make_checkpoint(tmp_path/'foreign', codec_hash='another'), tmp_path/'none', [bold], plan)
     r = run('saxgpt.sweep', '--config', 'demo', '--n', 1, ok=False, env=cold)
     assert r.returncode == 2 and r.stderr == 'saxgpt: --n: given 1; at least 2\n', r.stderr
