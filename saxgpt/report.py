@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INK', 'STYLE', 'SERIES', 'CSS', 'POLICY', 'MEASURES', 'esc', 'num', 'span', 'table', 'Measure', 'grid', 'picture',
-           'dots', 'embedded_player', 'fact', 'page', 'explain', 'checkpoints', 'scores', 'fit_plot', 'fit_section',
+           'dots', 'embedded_player', 'fact', 'page', 'paragraph', 'checkpoints', 'scores', 'fit_plot', 'fit_section',
            'cache_fault', 'notes', 'prediction_section', 'decoding_section', 'distances', 'fad_section',
            'compare_section', 'headlines', 'summary', 'listen_section', 'report']
 
@@ -142,7 +142,8 @@ main{max-width:60rem;margin:auto}p{max-width:44rem}.soft,small,caption,figcaptio
 .row{display:flex;flex-wrap:wrap;gap:.2rem 1rem}i{display:inline-block;width:.7em;height:.7em}
 .wide{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse}caption{text-align:left}
 th,td{padding:.3rem .6rem;border-bottom:1px solid #8886;text-align:right;white-space:nowrap}
-.words *,th:first-child{text-align:left;white-space:normal}th{min-width:7rem}.bad{color:#e03c3c}
+.words *,th:first-child{text-align:left;white-space:normal}th:first-child{min-width:9rem}
+th{font-weight:500}.bad{color:#e03c3c}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(14rem,100%),1fr));gap:.7rem}
 .card{border:1px solid #8886;border-radius:.6rem;padding:.6rem 1rem}
 '''
@@ -183,9 +184,9 @@ MEASURES = dict(
         Measure('kl_target_predicted', 'KL of real against predicted codes, nats')],
     cache=[
         Measure('consistency', 'equal choices, %', 'Decoding step by step with a cache, two solos '
-                'at a time and sampled as the judged ones, against one pass over the same codes. In '
-                'float32 every choice has to be the same; codes whose logits are closer than 1e-4 '
-                'count as one choice.', 'higher'),
+                'at a time and sampled as the judged ones, against one pass over the same codes. '
+                'In float32 every choice has to be the same; codes whose logits are closer than '
+                '1e-4 count as one choice.', 'higher'),
         Measure('first_divergence', 'first divergence at step (– is none)'),
         Measure('tolerance', 'largest difference of logits'), Measure('choices', 'choices')])
 
@@ -204,13 +205,14 @@ MEASURES |= dict(
         onset_concentration='concentration of onset phases',
         onset_offset='onsets behind the grid, s').items())],
     fad=[Measure('', 'Fréchet distance', 'How far the played solos, taken together, are from real '
-                 'ones as sound. Plain distances are too large where there are few solos.', 'lower'),
+                 'ones as sound. Plain distances are too large where there are few solos.',
+                 'lower'),
          Measure('unbiased', 'bias-free', 'The bias-free column takes most of that out, and is '
                  'uncertain in turn: look at its interval, and compare rows of as many solos. This '
                  'says nothing about fit: shuffled real solos have a distance of 0.', 'lower'),
          Measure('kernel', 'kernel distance'), Measure('n', 'solos')])
 
-def explain(name:str)->str:
+def paragraph(name:str)->str:
     "The paragraph above a table of `MEASURES`."
     return f'<p>{esc(" ".join(m.about for m in MEASURES[name] if m.about))}</p>'
 
@@ -291,7 +293,7 @@ def _codebook(m, part, k): # the value for one codebook; None where it has none
 
 def prediction_section(results:dict)->str:
     "Is it right?"
-    out = explain('prediction')
+    out = paragraph('prediction')
     for who, m in checkpoints(results):
         p = m['prediction']
         K = range(len(p['perplexity_per_codebook']))
@@ -310,7 +312,7 @@ def _setting(row): # a row of `sampling` in words
 
 def decoding_section(results:dict)->str:
     "Does the cache compute what the model computes, and what is played at which setting?"
-    out = [explain('cache')]
+    out = [paragraph('cache')]
     for who, m in checkpoints(results):
         if fault := cache_fault(m): out.append(f'<p class="bad">{esc(fault)}</p>')
         def entropy(r): return dict(mean=float(np.mean(r['entropy_bits'])))
@@ -352,7 +354,7 @@ def fad_section(results:dict)->str:
             f'{d["n_real"]} real ones of {num(d["seconds_real"])} s, {d["points"]} points of '
             f'{d["dimensions"]} dimensions, reference {esc(d["reference_hash"])}.</p>')
     shown = grid(MEASURES['fad'], good) if good else ''
-    return explain('fad') + shown + ''.join(dict.fromkeys(end))
+    return paragraph('fad') + shown + ''.join(dict.fromkeys(end))
 
 # %% ../nbs/09d_report.ipynb #653fc1ca
 def compare_section(results:dict)->str:
@@ -373,7 +375,7 @@ def compare_section(results:dict)->str:
 def headlines(m:dict)->list: # of (HTML, what it is)
     "The first numbers of a checkpoint."
     p, c, chord = m['prediction'], m['cache']['float32'], m['fit']['note_in_chord']
-    model, real, shuffled = (num(100*v) + ' %' if (v := chord[s]['mean']) is not None else '–'
+    model, real, shuffled = (num(100*v, 1) + ' %' if (v := chord[s]['mean']) is not None else '–'
                              for s in ('model', 'real', 'shuffled'))
     first = c['first_divergence']
     at = '' if first is None else f', first divergence at step {first}'
