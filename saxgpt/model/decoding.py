@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LOOK', 'PATIENCE', 'AGAIN', 'RISE', 'FORCE', 'one_thread', 'single_thread_if_small', 'Step', 'GraphStep',
            'CompiledStep', 'pack_decoder_weights', 'Int8Linear', 'quantize_decoder', 'windows', 'SilenceControl',
-           'Window', 'play_codes', 'generate_codes']
+           'Window', 'PlaySettings', 'play_codes', 'generate_codes']
 
 # %% ../../nbs/06e_decoding.ipynb #3d295922
 import copy, torch
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .transformer import SaxGPT
@@ -32,21 +33,23 @@ def single_thread_if_small(model):
 
 # %% ../../nbs/06e_decoding.ipynb #431255db
 class Step:
-    "A step of the decoder, over and over: codes (B, K) and their place in, logits (B, K, 2048) out."
+    "A decoding step: codes (B, K) and their place in, logits (B, K, 2048) out."
     def __init__(self, model:SaxGPT, cache, B:int=1): self.model, self.cache = model, cache
 
     def __call__(self, codes, s): return self.model.decode_step(codes, s, self.cache)
 
+# %% ../../nbs/06e_decoding.ipynb #60d31e60
 class GraphStep(Step):
     "The same, recorded as a CUDA graph."
     def __init__(self, model, cache, B): # items
         super().__init__(model, cache)
-        dev = model.null.device
-        self.codes, self.place = torch.zeros(B, model.cfg.num_codebooks, dtype=torch.long, device=dev), torch.zeros(1, dtype=torch.long, device=dev)
+        dev, K = model.null.device, model.cfg.num_codebooks
+        self.codes = torch.zeros(B, K, dtype=torch.long, device=dev)
+        self.place = torch.zeros(1, dtype=torch.long, device=dev)
         side = torch.cuda.Stream(dev)
         side.wait_stream(torch.cuda.current_stream(dev))
         with torch.cuda.stream(side):
-            for _ in range(3): self.work()     # whatever libraries set up on first use must not be recorded
+            for _ in range(3): self.work()     # what libraries set up on first use is not recorded
         torch.cuda.current_stream(dev).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph): self.logits = self.work()
@@ -65,21 +68,24 @@ class CompiledStep(Step):
     def __init__(self, model, cache, B=1):
         super().__init__(model, cache)
         self.place = torch.zeros(1, dtype=torch.long)
-        self.work = torch.compile(lambda codes, place: model.decode_step(codes, place, cache), dynamic=False, options=dict(freezing=True))
+        def step(codes, place): return model.decode_step(codes, place, cache)
+        self.work = torch.compile(step, dynamic=False, options=dict(freezing=True))
 
     def __call__(self, codes, s):
         from torch._inductor.exc import InductorError, InvalidCxxCompiler
         try: return self.work(codes.clone(), self.place.fill_(s))
-        except (InvalidCxxCompiler, InductorError): raise ValueError('compile: needs a C++ compiler, such as g++; install one, or leave it out') from None
+        except (InvalidCxxCompiler, InductorError): raise ValueError(
+            'compile: needs a C++ compiler, such as g++; install one, or leave it out') from None
 
 # %% ../../nbs/06e_decoding.ipynb #3578264c
 def pack_decoder_weights(
-    model:SaxGPT, # Its decoder's matrices are moved
-) -> SaxGPT: # The same
+    model:SaxGPT, # its decoder's matrices are moved
+) -> SaxGPT: # the same
     "A model whose matrices lie as single steps on a processor read them fastest."
     if model.null.is_cuda: return model
     for m in (*model.decoder.modules(), *model.heads.modules()):
-        if isinstance(m, nn.Linear) and m.in_features <= m.out_features: m.weight.data = m.weight.data.t().contiguous().t()
+        if isinstance(m, nn.Linear) and m.in_features <= m.out_features:
+            m.weight.data = m.weight.data.t().contiguous().t()
     return model
 
 # %% ../../nbs/06e_decoding.ipynb #067e5001
@@ -89,25 +95,30 @@ class Int8Linear(nn.Module):
         weight:Tensor, # (out, in)
     ):
         super().__init__()
-        weight, self.pad = weight.detach().float(), -weight.shape[1] % 16      # torch reads 16 numbers at a time, and does not look whether they are there
+        weight = weight.detach().float()
+        self.pad = -weight.shape[1] % 16         # torch reads 16 numbers at a time, unchecked
         scale = weight.abs().amax(1).clamp(min=1e-8)/127
-        self.register_buffer('weight', nn.functional.pad((weight/scale[:, None]).round(), (0, self.pad)).to(torch.int8).contiguous())
+        rows = nn.functional.pad((weight/scale[:, None]).round(), (0, self.pad))
+        self.register_buffer('weight', rows.to(torch.int8).contiguous())
         self.register_buffer('scale', scale.bfloat16())
 
     def forward(self, x): # (..., in) bfloat16
         y = nn.functional.pad(x, (0, self.pad)) if self.pad else x
-        return torch._weight_int8pack_mm(y.reshape(-1, y.shape[-1]), self.weight, self.scale).view(*x.shape[:-1], -1)
+        y = torch._weight_int8pack_mm(y.reshape(-1, y.shape[-1]), self.weight, self.scale)
+        return y.view(*x.shape[:-1], -1)
 
+# %% ../../nbs/06e_decoding.ipynb #77d678a3
 def quantize_decoder(
-    model:SaxGPT, # In eval mode; stays as it is
-) -> SaxGPT: # For playing only
+    model:SaxGPT, # in eval mode; stays as it is
+) -> SaxGPT: # for playing only
     "A copy that reads less in each step: 8-bit weights on a CPU, half precision on a GPU."
-    new = copy.deepcopy(model)
-    if model.null.is_cuda: return new.to(torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+    new, D = copy.deepcopy(model), model.cfg.d_model
+    if model.null.is_cuda:
+        return new.to(torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
     for layer in new.decoder.layers:
-        D = model.cfg.d_model
-        layer.cross_attn.q_proj_int8 = Int8Linear(layer.cross_attn.qkv.weight[:D])   # keys and values of the memory are made once, in full
-        for part, names in ((layer.self_attn, ('qkv', 'out')), (layer.cross_attn, ('out',)), (layer.ff, ('up', 'down'))):
+        own, cross, ff = layer.self_attn, layer.cross_attn, layer.ff
+        cross.q_proj_int8 = Int8Linear(cross.qkv.weight[:D])   # keys and values: made once, in full
+        for part, names in ((own, ('qkv', 'out')), (cross, ('out',)), (ff, ('up', 'down'))):
             for n in names: setattr(part, n, Int8Linear(getattr(part, n).weight))
         for n in (layer.norm1, layer.norm2, layer.norm3): n.bfloat16()
     new.decoder.norm.bfloat16()
@@ -116,16 +127,16 @@ def quantize_decoder(
 
 # %% ../../nbs/06e_decoding.ipynb #fd53fd5a
 def windows(
-    T:int, # Frames of the tune
-    longest:int, # Frames of a window
-    overlap:int, # Frames that a window shares with the one before, at least
+    T:int, # frames of the tune
+    longest:int, # frames of a window
+    overlap:int, # frames that a window shares with the one before, at least
 ) -> list: # (start, stop): frames of the tune
     "Windows over a tune, all of the same length; the last ends where the tune does."
     if T <= longest: return [(0, T)]
     return [(a, a + longest) for a in (*range(0, T - longest, longest - overlap), T - longest)]
 
 # %% ../../nbs/06e_decoding.ipynb #261101b2
-LOOK, PATIENCE, AGAIN = 10, 250, 50 # frames: between looks, of silence before a rise, before the next
+LOOK, PATIENCE, AGAIN = 10, 250, 50 # frames: between looks, silent before a rise, before the next
 RISE, FORCE = (3., 5.), -30. # weights of the backing; what is added to the logits of rests at last
 
 class SilenceControl:
@@ -133,17 +144,18 @@ class SilenceControl:
     def __init__(self,
         codec, # the one of the codes: its `silent` and `sounding` are asked
         n:int, # solos
-        guidance:float=1., # weight of the backing while all is well; 1: as learnt, and never raised
+        guidance:float=1., # weight of the backing while all is well; 1: as learnt, never raised
         bias:float=0., # added to the logits of silent codes while all is well
         device='cpu', # where the codes are
     ):
         self.codec, self.silent, self.base = codec, codec.silent.to(device), bias
-        self.steps = torch.tensor([guidance, *(max(guidance, g) for g in RISE)], dtype=torch.float32, device=device)
+        steps = [guidance, *(max(guidance, g) for g in RISE)]
+        self.steps = torch.tensor(steps, dtype=torch.float32, device=device)
         self.rest, self.owed, self.level = torch.zeros(3, n, dtype=torch.long, device=device)
         self.set_weights()
 
     def set_weights(self):
-        "`guidance` (n, 1, 1) and `bias` (n, 2048) of the first codebook's logits, None where it is 0"
+        "Set `guidance` (n, 1, 1) and `bias` (n, 2048) of the first codebook, None where it is 0."
         self.guidance = self.steps[self.level][:, None, None]
         bias = self.base + FORCE*(self.rest >= PATIENCE + len(RISE)*AGAIN)
         self.bias = bias[:, None]*self.silent if bias.any() else None
@@ -155,7 +167,8 @@ def look(self:SilenceControl,
     backing:Tensor, # codes (B, K, f) beside them
 ):
     "Take in what has been played, and set the weights of what comes next."
-    f, heard = lead.shape[2], lambda codec, c: codec.sounding(c).sum(1).to(lead.device)
+    def heard(codec, codes): return codec.sounding(codes).sum(1).to(lead.device)
+    f = lead.shape[2]
     note, reason = heard(self.codec, lead) >= 3, heard(self.codec.for_backing, backing)*2 < f
     self.rest = torch.where(note, 0, self.rest + f*~reason)
     above = ((self.rest - PATIENCE)//AGAIN + 1).clamp(0, len(RISE))
@@ -167,102 +180,164 @@ def look(self:SilenceControl,
 class Window:
     "Plays a stretch of a tune that the model can hear at once."
     def __init__(self,
-        model:SaxGPT, # In eval mode
-        backing:Tensor, # Codes (B, K, L) of the stretch
-        lead:Tensor, # Codes (n, K, P) known already
-        sampler, # Logits (n, K, 2048) to codes (n, K)
-        guidance:float=1., # Weight of the backing
-        last=None, # The window before, of the same length, whose memory is used again
-        compiled:bool=False, # Compile the step, on a CPU
-        control:SilenceControl=None, # whose weights take the place of `guidance`
-        start:int=0, # frame of the tune where the stretch begins
+        model:SaxGPT, # in eval mode
+        backing:Tensor, # codes (B, K, L) of the stretch
+        lead:Tensor, # codes (n, K, P) known already
+        sampler, # logits (n, K, 2048) to codes (n, K)
+        guidance:float=1., # weight of the backing
+        last=None, # the window before, of the same length, whose cache is used again
+        compiled:bool=False, # compile the step, on a CPU
+        **control, # of `watch`: control, start
     ):
-        (n, K, P), L, special, dev = lead.shape, backing.shape[2], model.cfg.padding_idx, model.null.device
-        self.sampler, self.guidance, self.begin, self.at = sampler, guidance, P, P
-        self.backing, self.control, self.start = backing, control, start
-        memory = model.encode(delay(backing, special))
-        if len(backing) < n: memory = memory.expand(n)
-        if guidance != 1: memory = model.cfg_batch(memory)
-        self.tokens, self.sample_mask = torch.full((n, K, L + K), special, device=dev), valid_steps(L, K, dev)
-        if P:
-            self.tokens[:, :, :P + K] = delay(lead, special)
-            self.sample_mask[:, :P + K] &= ~valid_steps(P, K, dev)
+        self.sampler, self.guidance, self.backing = sampler, guidance, backing
+        self.begin = self.at = P = lead.shape[2]
+        self.watch(**control)
+        self.fill_grid(model, lead)
+        memory = self.encode(model)
         if last: model.reset_cache(memory, last.step.cache)
-        kind = GraphStep if dev.type == 'cuda' else CompiledStep if compiled else Step
-        self.step = last.step if last else kind(model, model.init_cache(memory, L + K), len(memory.x))
+        self.step = last.step if last else self.new_step(model, memory, compiled)
         self.first = model.prefill(self.both(self.tokens[:, :, :P + 1]), self.step.cache)
 
     def both(self, codes): return codes if self.guidance == 1 else torch.cat([codes, codes])
 
-    def frames(self,
-        a:int, # The first
-        b:int, # One past the last
-    ) -> Tensor: # Codes (n, K, b - a)
-        "Play on until frame `b` is complete, and give the frames from `a`."
-        K = self.tokens.shape[1]
-        for s in range(self.at, b + K - 1):
-            logits = (self.first if s == self.begin else self.step(self.both(self.tokens[:, :, s]), s)).float()
-            if self.guidance != 1:
-                cond, free = logits.chunk(2)
-                logits = free + (self.control.guidance if self.control else self.guidance)*(cond - free)
-            if self.control and self.control.bias is not None:
-                logits = torch.cat([logits[:, :1] + self.control.bias[:, None], logits[:, 1:]], 1)
-            self.tokens[:, :, s+1] = torch.where(self.sample_mask[:, s+1], self.sampler(logits), self.tokens[:, :, s+1])
-            self.look(s - K + 2)
-        self.at = b + K - 1
-        return undelay(self.tokens[:, :, a:b + K])
+# %% ../../nbs/06e_decoding.ipynb #0c98851d
+@patch
+def watch(self:Window,
+    control:SilenceControl=None, # whose weights take the place of `guidance`
+    start:int=0, # frame of the tune where the stretch begins
+):
+    "Let `control` look at what is played."
+    self.control, self.start = control, start
 
-    def look(self,
-        done:int, # frames that are complete
-    ):
-        "Let the control see what is new, at the same frames of the tune in any window."
-        if not self.control or done <= self.begin or (self.start + done) % LOOK: return
-        a, K = max(0, done - LOOK), self.tokens.shape[1]
-        self.control.look(undelay(self.tokens[:, :, a:done + K]), self.backing[:, :, a:done])
+@patch
+def look(self:Window,
+    done:int, # frames that are complete
+):
+    "Let the control see what is new, at the same frames of the tune in any window."
+    if not self.control or done <= self.begin or (self.start + done) % LOOK: return
+    a, K = max(0, done - LOOK), self.tokens.shape[1]
+    self.control.look(undelay(self.tokens[:, :, a:done + K]), self.backing[:, :, a:done])
+
+# %% ../../nbs/06e_decoding.ipynb #4e8e0745
+@patch
+def fill_grid(self:Window, model:SaxGPT, lead:Tensor):
+    "Set `tokens` (n, K, L + K) with what is known, and `sample_mask` (K, L + K)."
+    (n, K, P), L = lead.shape, self.backing.shape[2]
+    special, dev = model.cfg.padding_idx, model.null.device
+    self.tokens = torch.full((n, K, L + K), special, device=dev)
+    self.sample_mask = valid_steps(L, K, dev)
+    if P:
+        self.tokens[:, :, :P + K] = delay(lead, special)
+        self.sample_mask[:, :P + K] &= ~valid_steps(P, K, dev)
+
+# %% ../../nbs/06e_decoding.ipynb #2613a24a
+@patch
+def encode(self:Window, model:SaxGPT):
+    "The encoded backing, for each solo, and for both halves of a guided batch."
+    memory, n = model.encode(delay(self.backing, model.cfg.padding_idx)), len(self.tokens)
+    if len(self.backing) < n: memory = memory.expand(n)
+    return memory if self.guidance == 1 else model.cfg_batch(memory)
+
+@patch
+def new_step(self:Window, model:SaxGPT, memory, compiled:bool)->Step:
+    "The fastest step of the device, with a new cache."
+    kind = CompiledStep if compiled else Step
+    if model.null.is_cuda: kind = GraphStep
+    return kind(model, model.init_cache(memory, self.tokens.shape[2]), len(memory.x))
+
+# %% ../../nbs/06e_decoding.ipynb #9f52081a
+@patch
+def logits(self:Window, s:int)->Tensor: # (n, K, 2048)
+    "Guided logits of what follows step `s`."
+    new = self.first if s == self.begin else self.step(self.both(self.tokens[:, :, s]), s)
+    new, control = new.float(), self.control
+    if self.guidance != 1:
+        cond, free = new.chunk(2)
+        new = free + (control.guidance if control else self.guidance)*(cond - free)
+    if control and control.bias is not None:
+        new = torch.cat([new[:, :1] + control.bias[:, None], new[:, 1:]], 1)
+    return new
+
+@patch
+def frames(self:Window,
+    a:int, # the first
+    b:int, # one past the last
+) -> Tensor: # codes (n, K, b - a)
+    "Play on until frame `b` is complete, and give the frames from `a`."
+    K = self.tokens.shape[1]
+    for s in range(self.at, b + K - 1):
+        drawn, here = self.sampler(self.logits(s)), self.tokens[:, :, s+1]
+        self.tokens[:, :, s+1] = torch.where(self.sample_mask[:, s+1], drawn, here)
+        self.look(s - K + 2)
+    self.at = b + K - 1
+    return undelay(self.tokens[:, :, a:b + K])
+
+# %% ../../nbs/06e_decoding.ipynb #71375ab7
+@dataclass(frozen=True)
+class PlaySettings:
+    "How solos are played: the keywords of `play_codes`."
+    temperature:object = 1. # 0: the likeliest code; one number, or one a codebook, as the next two
+    top_k:object = 250 # codes to keep; 0: all
+    top_p:object = 0. # share of the probability to keep; 0: all
+    guidance:float = 1. # weight of the backing; 1: as learnt
+    overlap:int = 500 # frames that the windows of a long tune share
+    block:int = 50 # frames that come at a time
+    compiled:bool = False # compile the step, on a CPU
+    codec:object = None # of the codes: silence is noticed, and ended; None: it is not
+    density:float = None # how much is played, see `rest_bias`, with `codec`; None: rests as is
+
+    def check(self, K:int, B:int, n:int): # codebooks, backings, seeds
+        "Raise `ValueError` where the settings cannot be played."
+        check_settings(self.temperature, self.top_k, self.top_p, self.guidance, K, self.density)
+        if B not in (1, n):
+            raise ValueError(f'{n} seeds for {B} backings: give one seed for each')
+        if self.density is not None and self.codec is None:
+            raise ValueError('density: which codes are rests? give the codec')
 
 # %% ../../nbs/06e_decoding.ipynb #1c6ea686
-@torch.inference_mode()
-def play_codes(
-    model:SaxGPT, # In eval mode
-    backing, # Codes (B, K, T), T of any size, or what has such a shape and gives them by slices of time; B = 1 serves all seeds
-    seeds:list, # One for each solo
-    prompt:Tensor=None, # Codes (B, K, P) to begin with; B = 1 serves all seeds
-    temperature=1., # 0: always the likeliest code; one number or one for each codebook, as are the next two
-    top_k=250, # Codes to keep; 0: all
-    top_p=0., # Share of the probability to keep; 0: all
-    guidance:float=1., # Weight of the backing; 1: as learnt
-    overlap:int=500, # Frames that the windows of a long tune share
-    block:int=50, # Frames that come at a time
-    compiled:bool=False, # Compile the step, on a CPU
-    codec=None, # the one of the codes: silence is noticed, and ended; None: it is not
-    density:float=None, # how much is played, see `rest_bias`; None: no weight of rests; else it needs `codec`
-): # yields codes (n, K, f), T frames all together
-    "Play a solo for each seed; a solo depends on its backing, its seed and the settings, not on its neighbours."
-    (B, K, T), n, dev, longest = backing.shape, len(seeds), model.null.device, model.cfg.max_seq_len - 1 - backing.shape[1]
-    check_settings(temperature, top_k, top_p, guidance, K, density)
-    if B not in (1, n): raise ValueError(f'{n} seeds for {B} backings: give one seed for each')
-    if density is not None and codec is None: raise ValueError('density: which codes are rests? give the codec')
-    if not 1 <= overlap < longest: overlap = longest//3
-    sampler, gens = Sampler(temperature, top_k, top_p, K), [torch.Generator(dev).manual_seed(int(s)) for s in seeds]
-    control = codec and SilenceControl(codec, n, guidance, rest_bias(density), dev)
-    lead = torch.zeros(n, K, 0, dtype=torch.long, device=dev) if prompt is None else prompt.to(dev)[..., :T].expand(n, -1, -1)
-    done, window = lead.shape[2], None
-    if done: yield lead
+def _play_windows(model:SaxGPT, backing, lead:Tensor, draw, p:PlaySettings):
+    "Play on after `lead`, window by window; yields codes (n, K, f)."
+    (n, K, done), T, dev, window = lead.shape, backing.shape[2], model.null.device, None
+    longest = model.cfg.max_seq_len - 1 - K
+    overlap = p.overlap if 1 <= p.overlap < longest else longest//3
+    control = p.codec and SilenceControl(p.codec, n, p.guidance, rest_bias(p.density), dev)
     for start, stop in windows(T, longest, overlap):
         if stop <= done: continue
-        with single_thread_if_small(model): window = Window(model, backing[..., start:stop].to(dev), lead[..., max(0, lead.shape[2] - (done - start)):],
-                                          lambda x: sampler(x, gens), guidance, window, compiled, control, start)
+        known = lead[..., max(0, lead.shape[2] - (done - start)):]
+        with single_thread_if_small(model):
+            window = Window(model, backing[..., start:stop].to(dev), known, draw, p.guidance,
+                            window, p.compiled, control=control, start=start)
         while done < stop:
-            to = min(stop, done + block)
+            to = min(stop, done + p.block)
             with single_thread_if_small(model): new = window.frames(done - start, to - start)
             yield new
             done, lead = to, torch.cat([lead, new], 2)[..., -longest:]
 
+# %% ../../nbs/06e_decoding.ipynb #bd194e20
+@torch.inference_mode()
+def play_codes(
+    model:SaxGPT, # in eval mode
+    backing, # codes (B, K, T), or what has such a shape and gives slices of time; B = 1 serves all
+    seeds:list, # one for each solo
+    prompt:Tensor=None, # codes (B, K, P) to begin with; B = 1 serves all seeds
+    **settings, # of `PlaySettings`
+): # yields codes (n, K, f), T frames all together
+    "Play a solo for each seed; it depends on backing, seed and settings, not on its neighbours."
+    (B, K, T), n, dev, p = backing.shape, len(seeds), model.null.device, PlaySettings(**settings)
+    p.check(K, B, n)
+    sampler = Sampler(p.temperature, p.top_k, p.top_p, K)
+    gens = [torch.Generator(dev).manual_seed(int(s)) for s in seeds]
+    lead = torch.zeros(n, K, 0, dtype=torch.long, device=dev)
+    if prompt is not None: lead = prompt.to(dev)[..., :T].expand(n, -1, -1)
+    if lead.shape[2]: yield lead
+    yield from _play_windows(model, backing, lead, lambda x: sampler(x, gens), p)
+
+# %% ../../nbs/06e_decoding.ipynb #d610e3e2
 def generate_codes(
-    model:SaxGPT, # In eval mode
-    backing:Tensor, # Codes (B, K, T), T of any size; B = 1 serves all seeds
-    seeds:list, # One for each solo
-    **settings, # of `play_codes`: prompt, temperature, top_k, top_p, guidance, overlap, block, compiled, codec, density
-) -> Tensor: # Codes (n, K, T) of the solos
+    model:SaxGPT, # in eval mode
+    backing:Tensor, # codes (B, K, T), T of any size; B = 1 serves all seeds
+    seeds:list, # one for each solo
+    **settings, # `prompt` and those of `PlaySettings`
+) -> Tensor: # codes (n, K, T) of the solos
     "The whole of what `play_codes` plays."
     return torch.cat(list(play_codes(model, backing, seeds, **settings)), 2)
