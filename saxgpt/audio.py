@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'PLAYABLE', 'STATED', 'AGAIN', 'RATES', 'CLAIMS', 'OFFSET', 'PERIOD', 'SILENT', 'AT_ONCE', 'AudioError',
            'is_recording', 'resample', 'plot_spectrogram', 'to_mono', 'in_blocks', 'largest', 'Survey', 'is_silent',
-           'same_sound', 'bounded', 'read_audio', 'load_mono', 'resampled', 'Stream', 'stream', 'probe', 'Sound',
+           'same_sound', 'bounded', 'read_audio', 'load_mono', 'resampled', 'Stream', 'read_blocks', 'probe', 'Sound',
            'TempAudio', 'write_stream', 'write_audio', 'KWeighting', 'LoudnessMeter', 'loudness', 'normalize_loudness',
            'mix', 'log_mel', 'player']
 
@@ -479,7 +479,7 @@ class Stream:
             if x.size: yield np.ascontiguousarray(x, 'f4')
 
 # %% ../nbs/11_audio.ipynb #29140dba
-def stream(
+def read_blocks(
     path, # any audio file
     sr:int=None, # wanted rate in Hz, None keeps the file's
     mono:bool=False, # mix the channels down
@@ -493,7 +493,7 @@ def probe(
     path, # any audio file
 )->dict: # seconds, sr (Hz), channels, peak, fingerprint (see `same_sound`)
     "Decode a file and keep nothing but its measures; raises `AudioError` as `read_audio` does."
-    s = stream(path)
+    s = read_blocks(path)
     return dict(seconds=s.seconds, sr=s.file_sr, channels=s.file_channels, peak=s.peak,
                 fingerprint=s.survey.fingerprint)
 

@@ -15,7 +15,7 @@ import numpy as np, torch
 from fastcore.script import Param
 
 from .audio import (SAMPLE_RATE, AudioError, TempAudio, bounded, is_silent, largest,
-    mix as mix_audio, normalize_loudness, stream as open_sound, write_audio)
+    mix as mix_audio, normalize_loudness, read_blocks, write_audio)
 from .codec import load_codec
 from .codecs.base import check_codec
 from .config import command, demo_backing
@@ -95,7 +95,7 @@ def read_sound(
 ) -> TempAudio: # (1, N), 32 kHz
     "A sound to play with: mono, and not silent."
     x, most = TempAudio(folder), int(seconds*SAMPLE_RATE) if seconds else sys.maxsize
-    blocks = open_sound(path, SAMPLE_RATE, mono=True, seconds=seconds + 1 if seconds else math.inf)
+    blocks = read_blocks(path, SAMPLE_RATE, mono=True, seconds=seconds + 1 if seconds else math.inf)
     for y in bounded(path, blocks): x.add(y[:, :most - x.shape[1]])
     if most and not x.shape[1] or not math.isfinite(largest(x)): raise AudioError(f'{path}: too short to be played over, or samples beyond all measure; export it again')
     if is_silent(x): raise AudioError(f'{path}: silent, nothing in {"its beginning" if seconds else "it"} is above -70 dBFS; give another recording')

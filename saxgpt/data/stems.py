@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np, yaml
 from fastcore.basics import patch
 from ..audio import (SAMPLE_RATE, LoudnessMeter, TempAudio, in_blocks, loudness, resampled,
-                          stream, to_mono, write_stream)
+                          read_blocks, to_mono, write_stream)
 from ..config import ConfigError, DataConfig, DemucsConfig
 from ..files import (atomic_dir, content_hash, file_hash, is_name, map_parallel, read_json,
                           read_manifest, read_tensors, write_jsonl, write_tensors)
@@ -375,7 +375,7 @@ def separate_recording(
     "Separate a recording into files of chunks; what is there already stays."
     defaults = dict(sample_rate=None, channels=None, chunk_s=60., margin_s=10.)
     sr, channels, chunk_s, margin_s = (getattr(separator, k, v) for k,v in defaults.items())
-    sound, made, spans = stream(path, sr), 0., []
+    sound, made, spans = read_blocks(path, sr), 0., []
     track, sr = measure(_heard(sound, channels), sound.sr), sound.sr
     if not track.total: raise StemError(f'{path}: too short, nothing is left of it at {sr} Hz')
     gain = gain_to(track.level, track.peak) if cfg.normalize_before else 1.
@@ -410,14 +410,14 @@ def regular(
 def pairs_of_mix(path, parts, sr, gain, backing='residual'): # yields lead, backing: (1, n)
     "Lead and backing of a mix and its chunks, aligned to the sample."
     rows = regular(resampled(overlap_add(parts), sr, SAMPLE_RATE))
-    for mix in regular(stream(path, SAMPLE_RATE, mono=True)):
+    for mix in regular(read_blocks(path, SAMPLE_RATE, mono=True)):
         x = next(rows, mix[:,:0])[:,:mix.shape[1]]
         x = np.pad(x, ((0, 0), (0, mix.shape[1]-x.shape[1])))  # the ends may differ by a sample
         yield x[:1], np.float32(gain)*mix-x[:1] if backing == 'residual' else x[1:]
 
 def pairs_of_stems(paths): # name -> path; yields lead, backing: (1, n) at 32 kHz
     "Lead and backing of a recording that came as stems, cut to the shortest."
-    for blocks in zip(*[regular(stream(p, SAMPLE_RATE, mono=True)) for p in paths.values()]):
+    for blocks in zip(*[regular(read_blocks(p, SAMPLE_RATE, mono=True)) for p in paths.values()]):
         n = min(x.shape[1] for x in blocks)
         yield lead_and_backing({k: x[:,:n] for k,x in zip(paths, blocks)})
 
