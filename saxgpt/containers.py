@@ -100,7 +100,8 @@ def before_tags(
         stop -= n
 
 # %% ../nbs/11a_containers.ipynb #848edb20
-# first four bytes -> first chunk, bytes of a name and of a length, byte order, alignment, name of the sound's chunk
+# first four bytes -> first chunk, bytes of a name and of a length, byte order, alignment,
+# name of the sound's chunk
 CHUNKS = {
     b'RIFF': (12, 4, 4, 'little', 2, b'data'), b'RIFX': (12, 4, 4, 'big', 2, b'data'),
     b'RF64': (12, 4, 4, 'little', 2, b'data'), b'BW64': (12, 4, 4, 'little', 2, b'data'),
@@ -108,7 +109,7 @@ CHUNKS = {
     b'riff': (40, 16, 8, 'little', 8, b'data\xf3\xac\xd3\x11\x8c\xd1\0\xc0\x4f\x8e\xdb\x8a')}
 
 def _chunks(f, at, stop, layout):
-    "Chunks from `at` on that begin in the file: name, where the length stands, begin and end of the content."
+    "Chunks from `at` on: name, where the length stands, begin and end of the content."
     _, name, size, order, align, _ = layout
     while at + name + size <= stop:
         h, a = read_at(f, at, name + size), at + name + size
@@ -130,7 +131,7 @@ def _behind(f, at, stop, layout):
     return at
 
 def _sound_chunk(f, start, stop, layout):
-    "Where the length of the sound stands in a chunked file, in how many bytes, its begin and its promised end; or None."
+    "Where the sound's length stands, in how many bytes, its begin and promised end; or None."
     long = None
     for name, field, a, b in _chunks(f, start + layout[0], stop, layout):
         # of RF64, whose own field is full of ones
@@ -222,12 +223,13 @@ def mpeg_frame(
     old, hz = version == 3, (44100, 48000, 32000)[hz] >> {3: 0, 2: 1, 0: 2}[version]
     kbps = int(_RATES[(1, layer) if old else (2, min(layer, 2))].split()[rate - 1])
     samples = 384 if layer == 1 else 1152 if old or layer == 2 else 576
-    n = samples//8*kbps*1000//hz + (h[2] >> 1 & 1) if layer > 1 else 4*(12*kbps*1000//hz + (h[2] >> 1 & 1))
+    padding = h[2] >> 1 & 1
+    n = samples//8*kbps*1000//hz + padding if layer > 1 else 4*(12*kbps*1000//hz + padding)
     return n, samples, hz, (17 if h[3] >= 192 else 32) if old else (9 if h[3] >= 192 else 17)
 
 # %% ../nbs/11a_containers.ipynb #cbe2b951
 def _xing(f, at):
-    "Frames and bytes that the Xing header in a frame promises, 0 where it does not; None if there is no such header."
+    "Frames and bytes that a Xing header promises, 0 where it does not; None without one."
     h = read_at(f, at, 64)
     if not (frame := mpeg_frame(h)): return None
     x = h[4 + frame[3]:].ljust(16, b'\0')
@@ -287,7 +289,7 @@ def _ebml(f, start, stop):
 _ASF = b'\x30\x26\xb2\x75\x8e\x66\xcf\x11'
 
 def _asf(f, start, stop):
-    "The part that a WMA file begins with: its file properties hold its size, unless it was broadcast."
+    "The part that a WMA file begins with: its properties hold its size, unless broadcast."
     at = find(f, b'\xa1\xdc\xab\x8c\x47\xa9\xcf\x11\x8e\xe4\0\xc0\x0c\x20\x53\x65', start,
         min(stop, start + 2**16))
     h = read_at(f, at, 92) if at > 0 else b''
