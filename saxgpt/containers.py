@@ -24,6 +24,7 @@ class Part:
     lost:int = 0 # pages that were there and are not, or not whole
     behind:int = 0 # bytes behind it that are neither sound nor a known tag
 
+# %% ../nbs/11a_containers.ipynb #9b0d5fd2
 class FileSlice(io.RawIOBase):
     "A part of an open binary file as a file of its own, without a name."
     def __init__(self, f, part:Part): self.f, self.part, self.at = f, part, 0
@@ -66,6 +67,7 @@ def find(
         if i >= 0: return at + i
     return -1
 
+# %% ../nbs/11a_containers.ipynb #4b6ee95c
 def after_tags(
     f, # an open binary file
     at:int, stop:int, # where tags may begin, and the end
@@ -80,6 +82,7 @@ def after_tags(
         if at + n > stop: return at
         at += n
 
+# %% ../nbs/11a_containers.ipynb #f6e78b56
 def before_tags(
     f, # an open binary file
     start:int, stop:int, # of the sound and the tags behind it
@@ -91,28 +94,34 @@ def before_tags(
         elif h[96:104] == b'APETAGEX': n = _int(h[108:112]) + 32*(h[119] >> 7)
         elif h[118:121] == b'3DI': n = 20 + _syncsafe(h[124:])
         elif h[119:] == b'LYRICS200' and h[113:119].isdigit(): n = 15 + int(h[113:119])
-        elif h[119:] == b'LYRICSEND': n = stop - find(f, b'LYRICSBEGIN', max(start, stop - 5200), stop)
+        elif h[119:] == b'LYRICSEND':
+            n = stop - find(f, b'LYRICSBEGIN', max(start, stop - 5200), stop)
         if not 0 < n <= stop - start: return stop
         stop -= n
 
 # %% ../nbs/11a_containers.ipynb #848edb20
-CHUNKS = { # first four bytes -> first chunk, bytes of a name and of a length, byte order, alignment, name of the sound's chunk
+# first four bytes -> first chunk, bytes of a name and of a length, byte order, alignment,
+# name of the sound's chunk
+CHUNKS = {
     b'RIFF': (12, 4, 4, 'little', 2, b'data'), b'RIFX': (12, 4, 4, 'big', 2, b'data'),
     b'RF64': (12, 4, 4, 'little', 2, b'data'), b'BW64': (12, 4, 4, 'little', 2, b'data'),
     b'FORM': (12, 4, 4, 'big', 2, b'SSND'), b'caff': (8, 4, 8, 'big', 1, b'data'),
     b'riff': (40, 16, 8, 'little', 8, b'data\xf3\xac\xd3\x11\x8c\xd1\0\xc0\x4f\x8e\xdb\x8a')}
 
 def _chunks(f, at, stop, layout):
-    "Chunks from `at` on that begin in the file: name, where the length stands, begin and end of the content."
+    "Chunks from `at` on: name, where the length stands, begin and end of the content."
     _, name, size, order, align, _ = layout
     while at + name + size <= stop:
         h, a = read_at(f, at, name + size), at + name + size
-        n = _int(h[name:], order) - (name + size if name == 16 else 0)     # W64 counts the header of a chunk too
+        # W64 counts the header of a chunk too
+        n = _int(h[name:], order) - (name + size if name == 16 else 0)
         if n < 0: return
         yield h[:name], at + name, a, a + n
         at = a + n + -n % align
 
-def _endless(n, size): return not n or n >= 256**size - 256 or size == 4 and 0x7ffff000 <= n <= 0x80000000
+# %% ../nbs/11a_containers.ipynb #57c62979
+def _endless(n, size):
+    return not n or n >= 256**size - 256 or size == 4 and 0x7ffff000 <= n <= 0x80000000
 
 def _behind(f, at, stop, layout):
     "Where the known chunks that begin at `at` end."
@@ -122,12 +131,16 @@ def _behind(f, at, stop, layout):
     return at
 
 def _sound_chunk(f, start, stop, layout):
-    "Where the length of the sound stands in a chunked file, in how many bytes, its begin and its promised end; or None."
+    "Where the sound's length stands, in how many bytes, its begin and promised end; or None."
     long = None
     for name, field, a, b in _chunks(f, start + layout[0], stop, layout):
-        if name == b'ds64': long = a + 8, 8, _int(read_at(f, a + 8, 8))     # of RF64, whose own field is full of ones
-        if name == layout[5]: return (*long[:2], a, a + long[2]) if long and b - a == 2**32 - 1 else (field, layout[2], a, b)
+        # of RF64, whose own field is full of ones
+        if name == b'ds64': long = a + 8, 8, _int(read_at(f, a + 8, 8))
+        if name == layout[5]:
+            return (*long[:2], a, a + long[2]) if long and b - a == 2**32 - 1 else (field,
+                layout[2], a, b)
 
+# %% ../nbs/11a_containers.ipynb #3a4ce7b8
 def _chunked(f, start, stop):
     "The part that a chunked file begins with."
     magic = read_at(f, start, 4)
@@ -151,16 +164,19 @@ LEAST = 1024 # bytes behind a recording that are taken for sound
 def _flac(f, start, stop):
     "The part that a FLAC file begins with."
     h, end = read_at(f, start, 42), start
-    while end >= 0 and (end == start or read_at(f, end + 5, 3) != b'\0\0\x22'): end = find(f, b'fLaC', end + 4, stop)
-    return Part(start, end if end > 0 else stop, samples=_int(h[21:26], 'big') & (2**36 - 1) if len(h) == 42 else 0)
+    while end >= 0 and (end == start or read_at(f, end + 5, 3) != b'\0\0\x22'):
+        end = find(f, b'fLaC', end + 4, stop)
+    return Part(start, end if end > 0 else stop,
+        samples=_int(h[21:26], 'big') & (2**36 - 1) if len(h) == 42 else 0)
 
 def _ogg(f, start, stop):
     "The part that an Ogg file begins with."
     at, first, seen, lost, last = start, True, {}, 0, 0
     while at < stop:
         h = read_at(f, at, min(27 + 255, stop - at))
-        if h[:4] != b'OggS':                                                # damaged, or something else at the end
-            if (again := find(f, b'OggS', at + 1, stop)) < 0: return Part(start, at, lost=lost + (not last))
+        if h[:4] != b'OggS': # damaged, or something else at the end
+            if (again := find(f, b'OggS', at + 1, stop)) < 0:
+                return Part(start, at, lost=lost + (not last))
             at, lost = again, lost + 1
             continue
         begin, n = len(h) > 26 and h[5] & 2, 27 + h[26] if len(h) > 26 else 28
@@ -172,11 +188,13 @@ def _ogg(f, start, stop):
         at, seen[h[14:18]], last = end, number, h[5] & 4
     return Part(start, at, lost=lost)
 
+# %% ../nbs/11a_containers.ipynb #d08075a7
 def _wavpack(f, start, stop):
     "The part that a WavPack file begins with: blocks, each with its place in the whole."
     at, total = start, _int(read_at(f, start + 12, 4))
     while len(h := read_at(f, at, 32)) == 32 and at + 32 <= stop and h[:4] == b'wvpk':
-        if at > start and not any(h[16:20]) and h[25] & 8 and any(h[20:24]): return Part(start, at, samples=total % (2**32 - 1))
+        if at > start and not any(h[16:20]) and h[25] & 8 and any(h[20:24]):
+            return Part(start, at, samples=total % (2**32 - 1))
         at += 8 + _int(h[4:8])
     return Part(start, min(at, stop), missing=max(0, at - stop), samples=total % (2**32 - 1))
 
@@ -189,8 +207,10 @@ def _tta(f, start, stop):
     return Part(start, min(end, stop), missing=max(0, end - stop))
 
 # %% ../nbs/11a_containers.ipynb #b574e3b8
-_RATES = {(1, 1): '32 64 96 128 160 192 224 256 288 320 352 384 416 448', (1, 2): '32 48 56 64 80 96 112 128 160 192 224 256 320 384',
-          (1, 3): '32 40 48 56 64 80 96 112 128 160 192 224 256 320', (2, 1): '32 48 56 64 80 96 112 128 144 160 176 192 224 256',
+_RATES = {(1, 1): '32 64 96 128 160 192 224 256 288 320 352 384 416 448',
+    (1, 2): '32 48 56 64 80 96 112 128 160 192 224 256 320 384',
+          (1, 3): '32 40 48 56 64 80 96 112 128 160 192 224 256 320', (2,
+              1): '32 48 56 64 80 96 112 128 144 160 176 192 224 256',
           (2, 2): '8 16 24 32 40 48 56 64 80 96 112 128 144 160'}
 
 def mpeg_frame(
@@ -203,17 +223,21 @@ def mpeg_frame(
     old, hz = version == 3, (44100, 48000, 32000)[hz] >> {3: 0, 2: 1, 0: 2}[version]
     kbps = int(_RATES[(1, layer) if old else (2, min(layer, 2))].split()[rate - 1])
     samples = 384 if layer == 1 else 1152 if old or layer == 2 else 576
-    n = samples//8*kbps*1000//hz + (h[2] >> 1 & 1) if layer > 1 else 4*(12*kbps*1000//hz + (h[2] >> 1 & 1))
+    padding = h[2] >> 1 & 1
+    n = samples//8*kbps*1000//hz + padding if layer > 1 else 4*(12*kbps*1000//hz + padding)
     return n, samples, hz, (17 if h[3] >= 192 else 32) if old else (9 if h[3] >= 192 else 17)
 
+# %% ../nbs/11a_containers.ipynb #cbe2b951
 def _xing(f, at):
-    "Frames and bytes that the Xing header in a frame promises, 0 where it does not; None if there is no such header."
+    "Frames and bytes that a Xing header promises, 0 where it does not; None without one."
     h = read_at(f, at, 64)
     if not (frame := mpeg_frame(h)): return None
     x = h[4 + frame[3]:].ljust(16, b'\0')
     if h[36:40] == b'VBRI': n, size = _int(h[50:54], 'big'), _int(h[46:50], 'big')
     elif x[:4] not in (b'Xing', b'Info'): return None
-    else: n, size = _int(x[8:12], 'big')*(x[7] & 1), _int(x[8 + 4*(x[7] & 1):][:4], 'big')*(x[7] >> 1 & 1)
+    else:
+        n, size = _int(x[8:12], 'big')*(x[7] & 1), _int(x[8 + 4*(x[7] & 1):][:4],
+            'big')*(x[7] >> 1 & 1)
     kbps = 8*size/(n*frame[1]/frame[2])/1000 if n and size else 100
     return (n, size) if 4 < kbps < 700 else (0, 0)
 
@@ -221,7 +245,8 @@ def _mpeg(f, start, stop):
     "The part that an MP3 file begins with."
     if not (promise := _xing(f, start)): return Part(start, stop)
     n, end = promise[0], start + promise[1]
-    if promise[1] and end < stop and _xing(f, after_tags(f, end, stop)): return Part(start, end, frames=n)
+    if promise[1] and end < stop and _xing(f, after_tags(f, end, stop)):
+        return Part(start, end, frames=n)
     return Part(start, stop, frames=n, missing=max(0, end - stop))
 
 # %% ../nbs/11a_containers.ipynb #484d8620
@@ -245,6 +270,7 @@ def _riff(f, start, stop):
     n = _int(read_at(f, start + 4, 4))
     return Part(start, stop, missing=0 if _endless(n, 4) else max(0, start + 8 + n - stop))
 
+# %% ../nbs/11a_containers.ipynb #08f4b3f2
 def _element(f, at):
     "Begin and end of the content of an EBML element; the end is None where it is not known."
     h = read_at(f, at, 12)
@@ -263,10 +289,12 @@ def _ebml(f, start, stop):
 _ASF = b'\x30\x26\xb2\x75\x8e\x66\xcf\x11'
 
 def _asf(f, start, stop):
-    "The part that a WMA file begins with: its file properties hold its size, unless it was broadcast."
-    at = find(f, b'\xa1\xdc\xab\x8c\x47\xa9\xcf\x11\x8e\xe4\0\xc0\x0c\x20\x53\x65', start, min(stop, start + 2**16))
+    "The part that a WMA file begins with: its properties hold its size, unless broadcast."
+    at = find(f, b'\xa1\xdc\xab\x8c\x47\xa9\xcf\x11\x8e\xe4\0\xc0\x0c\x20\x53\x65', start,
+        min(stop, start + 2**16))
     h = read_at(f, at, 92) if at > 0 else b''
-    return Part(start, stop, missing=max(0, start + _int(h[40:48]) - stop) if len(h) == 92 and not h[88] & 1 else 0)
+    return Part(start, stop, missing=max(0, start + _int(h[40:48]) - stop)
+        if len(h) == 92 and not h[88] & 1 else 0)
 
 # %% ../nbs/11a_containers.ipynb #b96cb1cf
 def begins(
@@ -277,9 +305,12 @@ def begins(
     h = read_at(f, at, 12)
     if h[:4] == b'RIFF' and h[8:] != b'WAVE': return _riff
     if h[:4] == b'FORM' and h[8:11] != b'AIF': return None
-    kinds = {b'.snd': _chunked, b'fLaC': _flac, b'OggS': _ogg, b'wvpk': _wavpack, b'TTA1': _tta, b'\x1a\x45\xdf\xa3': _ebml, _ASF[:4]: _asf}
-    return (kinds | dict.fromkeys(CHUNKS, _chunked)).get(h[:4]) or (_boxes if h[4:8] in (b'ftyp', b'moov', b'mdat') else None)
+    kinds = {b'.snd': _chunked, b'fLaC': _flac, b'OggS': _ogg, b'wvpk': _wavpack, b'TTA1': _tta,
+        b'\x1a\x45\xdf\xa3': _ebml, _ASF[:4]: _asf}
+    return (kinds | dict.fromkeys(CHUNKS, _chunked)).get(h[:4]) or (_boxes
+        if h[4:8] in (b'ftyp', b'moov', b'mdat') else None)
 
+# %% ../nbs/11a_containers.ipynb #2b9183af
 def parts(
     f, # an open binary file
 )->list: # of `Part`, at least one
@@ -287,12 +318,14 @@ def parts(
     f.seek(0, 2)
     start, stop = after_tags(f, 0, end := f.tell()), end
     stop, found, reader = max(start, before_tags(f, start, stop)), [], None
-    zeros = 2**16 - len(read_at(f, start, 2**16).ljust(2**16, b'x').lstrip(b'\0'))        # some taggers leave them before an MP3
+    # some taggers leave them before an MP3
+    zeros = 2**16 - len(read_at(f, start, 2**16).ljust(2**16, b'x').lstrip(b'\0'))
     if mpeg_frame(read_at(f, start + zeros, 4)): start, reader = start + zeros, _mpeg
     while not found or start < stop and (begins(f, start) or reader is _mpeg):
         reader = begins(f, start) or reader
         found.append(reader(f, start, stop) if reader else Part(start, stop))
-        if found[-1].stop <= start: return found[:-1] or [Part(start, stop)]     # a header that makes no sense
+        # a header that makes no sense
+        if found[-1].stop <= start: return found[:-1] or [Part(start, stop)]
         start = after_tags(f, found[-1].stop, stop)
     if stop - start >= LEAST: found[-1] = replace(found[-1], behind=stop - start)
     return found

@@ -7,19 +7,21 @@ __all__ = ['Block', 'MelInverter', 'load_spectra']
 
 # %% ../../nbs/04c_spectra.ipynb #83542e17
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..files import unfilled
 
 # %% ../../nbs/04c_spectra.ipynb #4a1d8b6f
 class Block(nn.Module):
-    "A convolution in time, then a thought about each frame."
+    "A convolution in time, then a two-layer MLP on each frame."
     def __init__(self,
         d:int, # channels
     ):
         super().__init__()
         self.conv, self.norm = nn.Conv1d(d, d, 7, padding=3, groups=d), nn.LayerNorm(d)
-        self.up, self.down, self.gain = nn.Linear(d, 2*d), nn.Linear(2*d, d), nn.Parameter(torch.full((d,), .1))
+        self.up, self.down = nn.Linear(d, 2*d), nn.Linear(2*d, d)
+        self.gain = nn.Parameter(torch.full((d,), .1))
 
     def forward(self, x): # (B,n,d)
         y = self.conv(x.transpose(1, 2)).transpose(1, 2)
@@ -37,38 +39,47 @@ class MelInverter(nn.Module):
         super().__init__()
         self.floor = floor
         inside = torch.where(bands.sum(0) > 0)[0]
-        nearest = inside[(torch.arange(bands.shape[1], device=bands.device)[:, None] - inside).abs().argmin(1)]   # bins that no band holds do as their neighbours
+        bins = torch.arange(bands.shape[1], device=bands.device)[:, None]
+        # bins that no band holds do as their neighbours
+        nearest = inside[(bins - inside).abs().argmin(1)]
         spread = (bands/bands.sum(0).clamp(min=1e-9))[:, nearest]
         self.register_buffer('bands', bands.float(), persistent=False)
         self.register_buffer('spread', spread.float(), persistent=False)
         self.first = nn.Conv1d(len(bands), channels, 5, padding=2)
         self.blocks = nn.Sequential(*(Block(channels) for _ in range(blocks)))
         self.norm, self.last = nn.LayerNorm(channels), nn.Linear(channels, bands.shape[1])
-        nn.init.zeros_(self.last.weight); nn.init.zeros_(self.last.bias)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
 
-    def log_amplitudes(self,
-        mel:Tensor, # (B,n,M) log-mel spectra
-    )->Tensor: # (B,n,F)
-        "What is learnt."
-        x = self.first((mel/3 + 2).transpose(1, 2)).transpose(1, 2)
-        return mel @ self.spread + self.last(self.norm(self.blocks(x)))
+    def half_state(self)->dict:
+        return {k: v.detach().half().contiguous() for k, v in self.state_dict().items()}
 
-    def forward(self,
-        mel:Tensor, # (B,n,M) log-mel spectra
-    )->Tensor: # (B,F,n) amplitudes, none below 0
-        "Spectra behind the bands, and in agreement with them."
-        y = (self.log_amplitudes(mel).exp() - self.floor/2).clamp(min=0).transpose(1, 2)
-        wanted = (mel.exp() - self.floor).clamp(min=0).transpose(1, 2)
-        return y*(self.spread.T @ ((wanted + 1e-6)/(self.bands @ y + 1e-6)))
+# %% ../../nbs/04c_spectra.ipynb #136097b8
+@patch
+def log_amplitudes(self:MelInverter,
+    mel:Tensor, # (B,n,M) log-mel spectra
+)->Tensor: # (B,n,F)
+    "What is learnt."
+    x = self.first((mel/3 + 2).transpose(1, 2)).transpose(1, 2)
+    return mel @ self.spread + self.last(self.norm(self.blocks(x)))
 
-    def half_state(self)->dict: return {k: v.detach().half().contiguous() for k, v in self.state_dict().items()}
+@patch
+def forward(self:MelInverter,
+    mel:Tensor, # (B,n,M) log-mel spectra
+)->Tensor: # (B,F,n) amplitudes, none below 0
+    "Spectra behind the bands, and in agreement with them."
+    y = (self.log_amplitudes(mel).exp() - self.floor/2).clamp(min=0).transpose(1, 2)
+    wanted = (mel.exp() - self.floor).clamp(min=0).transpose(1, 2)
+    return y*(self.spread.T @ ((wanted + 1e-6)/(self.bands @ y + 1e-6)))
 
+# %% ../../nbs/04c_spectra.ipynb #f29a8d12
 def load_spectra(
     state:dict, # as from `half_state`
     bands:Tensor, # (M,F)
     floor:float=1e-4, # as in training
 )->MelInverter: # ready to use
-    "Build the network whose weights these are; raises `KeyError` or `RuntimeError` when they are none."
-    with unfilled(): net = MelInverter(bands, len(state['first.weight']), sum(k.endswith('.gain') for k in state), floor)
+    "Build the network of these weights; raises `KeyError` or `RuntimeError` when they are none."
+    channels, blocks = len(state['first.weight']), sum(k.endswith('.gain') for k in state)
+    with unfilled(): net = MelInverter(bands, channels, blocks, floor)
     net.load_state_dict(state, assign=True)
     return net.float().eval().requires_grad_(False)

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['GAINS_DB', 'STRETCH', 'varied', 'corpus_wavs', 'training_frames', 'assign', 'kmeans', 'fit_books', 'mel_distance',
-           'voiced_pitch', 'in_tune', 'round_trips', 'codec_figures', 'fit_mel_codec', 'fit_pitch_codec', 'main']
+           'voiced_pitch', 'in_tune', 'round_trips', 'codec_figures', 'held_out_figures', 'FitSettings',
+           'fit_mel_codec', 'fit_pitch_codec', 'main']
 
 # %% ../../nbs/04b_codec_training.ipynb #6c2c06e7
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import librosa, numpy as np, torch
@@ -22,6 +24,14 @@ from ..codecs.constant_q import PitchAnalysis, PitchSettings
 from ..words import bar
 
 # %% ../../nbs/04b_codec_training.ipynb #04b0a002
+def _in_a_room(x, rng):
+    "The sound with the reverberation of a room drawn at random."
+    n, m = len(x), int(32_000*rng.uniform(.1, .8))
+    room = rng.standard_normal(m)*np.exp(-6.9*np.arange(m)/m) # 60 dB down at its end
+    late = int(32_000*rng.uniform(.003, .02))
+    wet = np.fft.irfft(np.fft.rfft(x, n + m)*np.fft.rfft(room, n + m))[:n]
+    return x + rng.uniform(.05, .5)*np.pad(wet, (late, 0))[:n]/np.sqrt((room**2).sum())
+
 def varied(
     x:np.ndarray, # (n,) at 32 kHz, a little longer than wanted
     n:int, # samples wanted
@@ -31,27 +41,25 @@ def varied(
     ratio = 2**(rng.uniform(-.5, .5)/12)*(n - 1)
     x = np.interp(np.linspace(0, min(ratio, len(x) - 1), n), np.arange(len(x)), x)
     if rng.random() < .6:
-        bend = np.interp(np.log(np.fft.rfftfreq(n, 1/32_000) + 20), np.log([20, 150, 600, 2400, 9000, 16_000]), rng.uniform(-7, 7, 6))
+        octaves = np.log(np.fft.rfftfreq(n, 1/32_000) + 20)
+        bend = np.interp(octaves, np.log([20, 150, 600, 2400, 9000, 16_000]), rng.uniform(-7, 7, 6))
         x = np.fft.irfft(np.fft.rfft(x)*10**(bend/20), n)
-    if rng.random() < .5:
-        m = int(32_000*rng.uniform(.1, .8))
-        room = rng.standard_normal(m)*np.exp(-6.9*np.arange(m)/m)                            # 60 dB down at its end
-        late, wet = int(32_000*rng.uniform(.003, .02)), np.fft.irfft(np.fft.rfft(x, n + m)*np.fft.rfft(room, n + m))[:n]
-        x = x + rng.uniform(.05, .5)*np.pad(wet, (late, 0))[:n]/np.sqrt((room**2).sum())
+    if rng.random() < .5: x = _in_a_room(x, rng)
     return (x/max(1., 2*np.abs(x).max())*10**(rng.uniform(-24, 6)/20)).astype('f4')
 
-
 # %% ../../nbs/04b_codec_training.ipynb #f00c4a8f
-GAINS_DB = (0., 0., 0., -6., 6., -12., -20.) # of recordings that are not varied, one is drawn
-STRETCH = 20. # s of a varied recording
-
 def corpus_wavs(
     corpus, # folder of a demo corpus, or of several
 )->list: # paths of leads and backings
     "The sound files to fit on; raises `CodecError` when there are none."
     wavs = sorted(p for p in Path(corpus).rglob('*.wav') if p.stem in ('lead', 'backing'))
-    if not wavs: raise CodecError(f'{corpus}: holds no lead.wav and backing.wav; make a corpus with python -m saxgpt.demo --out {corpus} --minutes 120')
+    if not wavs: raise CodecError(f'{corpus}: holds no lead.wav and backing.wav; make a '
+        f'corpus with python -m saxgpt.demo --out {corpus} --minutes 120')
     return wavs
+
+# %% ../../nbs/04b_codec_training.ipynb #5e142004
+GAINS_DB = (0., 0., 0., -6., 6., -12., -20.) # of recordings that are not varied, one is drawn
+STRETCH = 20. # s of a varied recording
 
 def training_frames(
     wavs:list, # sound files
@@ -91,12 +99,11 @@ def kmeans(
     "Centres of `x`; each round revives the unused ones."
     g = torch.Generator().manual_seed(seed)
     centres = (x[torch.randperm(len(x), generator=g)[:entries]] if start is None else start).clone()
-    for r in range(rounds):
+    for _ in range(rounds):
         codes = assign(x, centres)
-        count = torch.bincount(codes, minlength=entries)
-        error = (x - centres[codes]).square().sum(1) + 1e-12
-        centres = torch.zeros_like(centres).index_add_(0, codes, x)/count.clamp(min=1)[:, None]
-        dead = count == 0
+        count, sums = torch.bincount(codes, minlength=entries), torch.zeros_like(centres)
+        error, dead = (x - centres[codes]).square().sum(1) + 1e-12, count == 0
+        centres = sums.index_add_(0, codes, x)/count.clamp(min=1)[:, None]
         if dead.any(): centres[dead] = x[torch.multinomial(error, int(dead.sum()), generator=g)]
     return centres
 
@@ -109,14 +116,18 @@ def fit_books(
     seed:int=0,
     start:torch.Tensor|None=None, # (K,E,D) books to begin with
     progress:bool=False, # show a bar
-)->tuple[torch.Tensor, list]: # books (K,E,D) as stored, share of variance explained after each stage
+# books (K,E,D) as stored, share of variance explained after each stage
+)->tuple[torch.Tensor, list]:
     "Residual k-means."
-    if len(x) < entries: raise CodecError(f'given {len(x)} frames for {entries} entries; fit on more recordings')
+    if len(x) < entries:
+        raise CodecError(f'given {len(x)} frames for {entries} entries; fit on more recordings')
     rest, codebooks, explained = x, [], []
     variance = (x - x.mean(0)).square().sum()
     for k in bar(range(stages), desc='Codebooks', disable=not progress):
-        codebooks.append(kmeans(rest, entries, rounds, seed + k, None if start is None else start[k].float()).half().float())
-        rest = rest - codebooks[-1][assign(rest, codebooks[-1])]
+        first = None if start is None else start[k].float()
+        book = kmeans(rest, entries, rounds, seed + k, first).half().float()
+        codebooks.append(book)
+        rest = rest - book[assign(rest, book)]
         explained.append(round(1 - (rest.square().sum()/variance).item(), 4))
     return torch.stack(codebooks).half(), explained
 
@@ -138,6 +149,7 @@ def voiced_pitch(
     y = librosa.resample(x[0], orig_sr=32_000, target_sr=16_000)
     return librosa.pyin(y, fmin=80, fmax=fmax, sr=16_000, frame_length=1024, hop_length=320)[:2]
 
+# %% ../../nbs/04b_codec_training.ipynb #f2c59b09
 def in_tune(
     x:np.ndarray, # (1,N) a lead at 32 kHz
     notes:list, # of truth.json: start, end, midi
@@ -148,7 +160,8 @@ def in_tune(
     for n in notes: score[(times >= n['start'] + .03) & (times <= n['end'] - .03)] = n['midi']
     inside = ~np.isnan(score)
     cents = 100*np.abs(librosa.hz_to_midi(np.where(voiced, f, 440.)) - score)
-    return np.array([(voiced & inside & (cents <= 50)).sum(), (voiced & inside).sum(), inside.sum()])
+    return np.array([(voiced & inside & (cents <= 50)).sum(), (voiced & inside).sum(),
+        inside.sum()])
 
 # %% ../../nbs/04b_codec_training.ipynb #2af375e8
 def round_trips(
@@ -159,9 +172,18 @@ def round_trips(
     wav = torch.as_tensor(x)[None]
     codes = codec.encode(wav)
     out = dict(original=x, coded=codec.decode(codes)[0].cpu().numpy())
-    if hasattr(codec, 'unquantized'): out['unquantized'] = codec.unquantized(wav[0, 0].to(codec.device)).cpu().numpy()[None]
+    if hasattr(codec, 'unquantized'):
+        out['unquantized'] = codec.unquantized(wav[0, 0].to(codec.device)).cpu().numpy()[None]
     return out, codes[0].cpu()
 
+def _figures(distance, tune):
+    "The card's figures: name -> part -> distances, name -> counts of `in_tune`."
+    means = {k: {p: round(float(np.mean(v)), 2) for p, v in d.items()} for k, d in distance.items()}
+    percent = lambda of: {k: round(100*float(v[0]/v[of]), 1) for k, v in tune.items()}
+    return dict(log_mel_distance_db={k: d for k, d in means.items() if k != 'original'},
+                in_tune_percent=percent(1), in_tune_percent_of_note_frames=percent(2))
+
+# %% ../../nbs/04b_codec_training.ipynb #7dc64cb8
 def codec_figures(
     codec, # any codec
     recordings:list, # folders of the demo corpus that it was not fitted on
@@ -171,47 +193,65 @@ def codec_figures(
 )->dict: # figures, as in the card in codec.json
     "Round trips over held-out recordings."
     distance, tune, used = {}, {}, [set() for _ in range(codec.n_codebooks)]
+    first, last = int(32_000*offset), int(32_000*(offset + seconds))
     for folder in bar(list(map(Path, recordings)), desc='Round trips', disable=not progress):
         notes = json.loads((folder/'truth.json').read_text())['notes']
         notes = [n | dict(start=n['start'] - offset, end=n['end'] - offset) for n in notes]
         for part in ('lead', 'backing'):
-            sounds, codes = round_trips(codec, load_mono(folder/f'{part}.wav')[:, int(32_000*offset):int(32_000*(offset + seconds))])
+            sounds, codes = round_trips(codec, load_mono(folder/f'{part}.wav')[:, first:last])
             for u, c in zip(used, codes): u |= set(c.tolist())
             for k, y in sounds.items():
-                distance.setdefault(k, {}).setdefault(part, []).append(mel_distance(sounds['original'], y))
+                d = mel_distance(sounds['original'], y)
+                distance.setdefault(k, {}).setdefault(part, []).append(d)
                 if part == 'lead': tune[k] = tune.get(k, 0) + in_tune(y, notes)
-    return dict(recordings=len(recordings), seconds=seconds,
-        log_mel_distance_db={k: {p: round(float(np.mean(v)), 2) for p, v in d.items()} for k, d in distance.items() if k != 'original'},
-        in_tune_percent={k: round(100*float(v[0]/v[1]), 1) for k, v in tune.items()},
-        in_tune_percent_of_note_frames={k: round(100*float(v[0]/v[2]), 1) for k, v in tune.items()},
-        codes_used=[round(len(u)/codec.cardinality, 3) for u in used])
+    return dict(recordings=len(recordings), seconds=seconds, **_figures(distance, tune),
+                codes_used=[round(len(u)/codec.cardinality, 3) for u in used])
+
+def held_out_figures(codec, corpus, progress):
+    "The figures over all recordings of a corpus."
+    return codec_figures(codec, sorted({p.parent for p in corpus_wavs(corpus)}), progress=progress)
 
 # %% ../../nbs/04b_codec_training.ipynb #a7bb5997
+@dataclass(frozen=True)
+class FitSettings:
+    "How much a fit works."
+    n_frames:int=160_000
+    rounds:int=12
+    entries:int=2048 # of a book
+    seed:int=0
+
+def _first_codec(start, settings, entries):
+    "The codec to begin with, None without one; raises `CodecError` where it is of another form."
+    if not start: return None
+    first = load_codec(start)
+    if (getattr(first, 'settings', None), first.cardinality) == (settings, entries): return first
+    raise CodecError(f'{start}: is not mel-rvq with {entries} entries and {settings}; '
+                     'begin with one that is, or with none')
+
+# %% ../../nbs/04b_codec_training.ipynb #9f7439e3
 def fit_mel_codec(
     corpus, # folder of a demo corpus
     out, # folder of the codec
-    n_frames:int=160_000,
-    rounds:int=12,
     held_out=None, # another demo corpus to measure on
-    seed:int=0,
+    start=None, # name or folder of a codec to begin with
+    fit:FitSettings=FitSettings(),
     settings:MelSettings=MelSettings(),
-    entries:int=2048,
-    start=None, # name or folder of a codec to begin with: its codes go on meaning about the same
     progress:bool=True, # show bars
 )->MelCodec:
     "Fit, measure and save the bundled codec; raises `CodecError`."
     out = check_target(out, corpus, held_out, start)
-    first = load_codec(start) if start else None
-    if first and (getattr(first, 'settings', None), first.cardinality) != (settings, entries):
-        raise CodecError(f'{start}: is not mel-rvq with {entries} entries and {settings}; begin with one that is, or with none')
-    wavs = corpus_wavs(corpus)
-    x = training_frames(wavs, n_frames, MelCodec(torch.zeros(4, 1, 2*settings.n_mels), settings).analyse, seed, progress)
-    codebooks, explained = fit_books(x, entries, rounds=rounds, seed=seed, start=first and first.codebooks, progress=progress)
-    card = dict(fitted_on=f'{len(wavs)//2} pairs of the demo corpus', frames=len(x), rounds=rounds, seed=seed, variance_explained=explained) | (dict(start=first.hash) if first else {})
-    codec = MelCodec(codebooks, settings, card, spectra=first and first.spectra, backing=first and first.backing)
-    if held_out:
-        folders = sorted({p.parent for p in corpus_wavs(held_out)})
-        card['held_out'] = codec_figures(codec, folders, progress=progress)
+    first = _first_codec(start, settings, fit.entries)
+    wavs, seed = corpus_wavs(corpus), fit.seed
+    blank = MelCodec(torch.zeros(4, 1, 2*settings.n_mels), settings)
+    x = training_frames(wavs, fit.n_frames, blank.analyse, seed, progress)
+    start = first and first.codebooks
+    books, explained = fit_books(x, fit.entries, 4, fit.rounds, seed, start, progress)
+    card = dict(fitted_on=f'{len(wavs)//2} pairs of the demo corpus', frames=len(x),
+                rounds=fit.rounds, seed=seed, variance_explained=explained)
+    if first: card['start'] = first.hash
+    codec = MelCodec(books, settings, card, spectra=first and first.spectra,
+        backing=first and first.backing)
+    if held_out: card['held_out'] = held_out_figures(codec, held_out, progress)
     codec.save(out)
     return codec
 
@@ -220,23 +260,24 @@ def fit_pitch_codec(
     corpus, # folder of a demo corpus
     out, # folder of the codec
     start, # name or folder of the codec whose other half is kept
-    n_frames:int=160_000,
-    rounds:int=12,
-    seed:int=0,
+    fit:FitSettings=FitSettings(), # its `entries` are those of `start`
     settings:PitchSettings=PitchSettings(),
     progress:bool=True, # show bars
 )->MelCodec:
     "Fit what codes backings, and save it with the rest of a codec; raises `CodecError`."
     out, codec = check_target(out, corpus, start), load_codec(start)
-    if not isinstance(codec, MelCodec): raise CodecError(f'{start}: is not mel-rvq; only that has a codec for backings')
+    if not isinstance(codec, MelCodec):
+        raise CodecError(f'{start}: is not mel-rvq; only that has a codec for backings')
     wavs, P = [w for w in corpus_wavs(corpus) if w.stem == 'backing'], settings.pitches
-    x = training_frames(wavs, n_frames, PitchAnalysis(settings), seed, progress)
-    codebooks, explained = torch.zeros(4, codec.cardinality, x.shape[1]), []
-    for stages, where in ((slice(0, 3), slice(0, P)), (slice(3, 4), slice(P, None))):
-        codebooks[stages, :, where], shares = fit_books(x[:, where], codec.cardinality, stages.stop - stages.start, rounds, seed, progress=progress)
-        explained += shares
-    card = dict(start=codec.hash, fitted_on=f'{len(wavs)} backings of the demo corpus', frames=len(x), rounds=rounds, seed=seed, variance_explained=explained)
-    fitted = MelCodec(codec.codebooks, codec.settings, codec.card | dict(backings=card), spectra=codec.spectra, backing=PitchCodec(codebooks, settings))
+    x = training_frames(wavs, fit.n_frames, PitchAnalysis(settings), fit.seed, progress)
+    E, books = codec.cardinality, torch.zeros(4, codec.cardinality, x.shape[1])
+    books[:3, :, :P], pitches = fit_books(x[:, :P], E, 3, fit.rounds, fit.seed, progress=progress)
+    books[3:, :, P:], strokes = fit_books(x[:, P:], E, 1, fit.rounds, fit.seed, progress=progress)
+    card = dict(start=codec.hash, fitted_on=f'{len(wavs)} backings of the demo corpus',
+        frames=len(x),
+                rounds=fit.rounds, seed=fit.seed, variance_explained=pitches + strokes)
+    fitted = MelCodec(codec.codebooks, codec.settings, codec.card | dict(backings=card),
+                      spectra=codec.spectra, backing=PitchCodec(books, settings))
     fitted.save(out)
     return fitted
 
@@ -248,13 +289,17 @@ def main(
     held_out:str=None, # another demo corpus, of another seed, to measure on
     frames:int=160_000, # to learn from
     seed:int=0, # of the choice of frames and of k-means
-    start:str=None, # "bundled" or a codec's folder to begin with, so that its codes go on meaning about the same
+    # "bundled" or a codec's folder to begin with: its codes go on meaning about the same
+    start:str=None,
     backings:bool=False, # fit the books that code backings; all else stays as in --start
 ):
     "Fit the bundled codec to the demo corpus."
-    if not corpus or not out: raise ValueError('--corpus and --out: give the folder of a demo corpus and a folder for the codec')
-    if backings and not start: raise ValueError('--backings: give the codec that is to be completed as --start')
-    if backings: codec = fit_pitch_codec(corpus, out, start, frames, seed=seed)
-    else: codec = fit_mel_codec(corpus, out, frames, held_out=held_out, seed=seed, start=start)
+    if not corpus or not out: raise ValueError(
+        '--corpus and --out: give the folder of a demo corpus and a folder for the codec')
+    if backings and not start:
+        raise ValueError('--backings: give the codec that is to be completed as --start')
+    fit = FitSettings(frames, seed=seed)
+    if backings: codec = fit_pitch_codec(corpus, out, start, fit)
+    else: codec = fit_mel_codec(corpus, out, held_out, start, fit)
     print(f'{out}: {codec.name} {codec.hash}')
     print(json.dumps(codec.card, indent=1))
