@@ -78,13 +78,14 @@ def codec_status()->str:
     codes = codec.encode(x[None, None])
     y = codec.decode(codes)[0, 0]
     power, hz = torch.fft.rfft(y).abs().square(), torch.arange(len(y)//2 + 1)
-    near = (((hz + 110) % 220 - 110).abs() <= 10) & (hz > 110)                   # a multiple of 220 Hz
+    near = (((hz + 110) % 220 - 110).abs() <= 10) & (hz > 110)       # a multiple of 220 Hz
     share, level = float(power[near].sum()/power.sum()), float(y.square().mean().sqrt())
     if share < .6 or not .03 < level < 1: raise ValueError(
         f'{codec.name} made a sound of RMS {level:.3f}, {share:.0%} of it at multiples of 220 Hz, '
         'of a tone of 220 Hz, RMS 0.265; install saxgpt again')
     return f'{codec.name}: a sound of 1 s to {codes[0].numel()} codes and back'
 
+# %% ../nbs/15a_doctor.ipynb #9c44ae65
 def check_model()->str:
     "Whether the bundled model loads."
     from saxgpt.pretrained import load_model
@@ -118,6 +119,7 @@ def check_demucs()->str:
     with needs('Demucs', 'demucs'): import demucs.apply, demucs.hf, demucs.htdemucs
     return f'demucs {installed("demucs")}'
 
+# %% ../nbs/15a_doctor.ipynb #49b737b9
 def check_hub(
     timeout:float=3., # s
 )->str:

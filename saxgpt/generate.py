@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['PIECES', 'FAR', 'STRANGE_GUIDANCE', 'distance_to_corpus', 'notice_strange', 'out_paths', 'read_sound', 'read_backing',
-           'steps_bar', 'write_sound', 'write_plot', 'generate_file', 'print_summary', 'parse_numbers', 'main']
+           'steps_bar', 'write_sound', 'write_plot', 'write_solos', 'FileOptions', 'check_request', 'read_inputs',
+           'matching_codec', 'resolve_settings', 'generate_file', 'print_summary', 'parse_numbers', 'main']
 
 # %% ../nbs/08c_generate_command.ipynb #716e7470
 import math, os, sys, time
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np, torch
@@ -27,7 +29,8 @@ from .music.plots import plot_solo
 from .music.transcription import read_truth
 from .packages import without_warnings
 from .pretrained import load_model
-from .sampling import DEFAULT_SAMPLING, DEFAULT_SAMPLING_NO_CFG, check_settings, resolve_sampling
+from .sampling import (DEFAULT_SAMPLING, DEFAULT_SAMPLING_NO_CFG, check_settings,
+    resolve_sampling)
 from .words import bar, notify
 
 # %% ../nbs/08c_generate_command.ipynb #5efeb3be
@@ -40,15 +43,16 @@ def distance_to_corpus(
 ) -> float: # total variation, from 0 to 1; NaN where the backing is too short
     "How far the codes of a backing are from those of the training set, mean over pieces."
     codec = codec.for_backing
-    coded, size = LazyEncoder(codec, x), backings['piece']
+    coded, size, counts = LazyEncoder(codec, x), backings['piece'], backings['counts']
     T = coded.shape[2]
     starts = np.linspace(0, max(0, T - size), min(PIECES, max(1, T//size))).astype(int)
     codes = torch.cat([coded[..., a:min(a + size, T)] for a in starts], 2)
     first = codes[0, 0, codec.sounding(codes)[0]].cpu()
     pieces = [p[None].numpy() for p in first.split(size) if len(p) == size]
-    far = [total_variation(code_counts(p, len(backings['counts']))[0], backings['counts']) for p in pieces]
+    far = [total_variation(code_counts(p, len(counts))[0], counts) for p in pieces]
     return float(np.mean(far)) if far else math.nan
 
+# %% ../nbs/08c_generate_command.ipynb #139aa1f9
 def notice_strange(
     distance:float, # from `distance_to_corpus`
     backings:dict, # `backings` of the checkpoint
@@ -57,19 +61,21 @@ def notice_strange(
 ) -> tuple: # settings to play with, and a line about it; '' where nothing is strange
     "Raise guidance over a backing that is unlike the training set's."
     if not distance > backings['mean'] + FAR*backings['sd']: return settings, ''
-    said = f'this backing is unlike anything that the model has heard (distance {distance:.2f}, its own {backings["mean"]:.2f})'
-    if chosen or settings['guidance'] == 1: return settings, f'{said}; guidance stays at {settings["guidance"]:g}'
-    raised = max(settings['guidance'], STRANGE_GUIDANCE)
+    said = ('this backing is unlike anything that the model has heard '
+            f'(distance {distance:.2f}, its own {backings["mean"]:.2f})')
+    guidance = settings['guidance']
+    if chosen or guidance == 1: return settings, f'{said}; guidance stays at {guidance:g}'
+    raised = max(guidance, STRANGE_GUIDANCE)
     return settings | dict(guidance=raised), f'{said}; guidance raised to {raised:g}'
 
 # %% ../nbs/08c_generate_command.ipynb #177699e6
 def out_paths(
-    out, # Where the solo goes
-    mix=None, # Where solo and backing go; None: beside it
-    plot=None, # Where the picture goes; None: beside it
-    n:int=1, # Solos
+    out, # where the solo goes
+    mix=None, # where solo and backing go; None: beside it
+    plot=None, # where the picture goes; None: beside it
+    n:int=1, # solos
 ) -> list: # (solo, mix, plot) for each solo
-    "Names of all files to write; several solos are numbered, and what follows from a long name is cut."
+    "Names of all files to write; solos are numbered, and what follows from a long name is cut."
     if n < 1: raise ValueError(f'n must be 1 or more, not {n}')
     out, rows = Path(out), []
     for i in range(n):
@@ -77,35 +83,42 @@ def out_paths(
         def name(given, tail=None): # as it was given, or `out` with another tail
             p = Path(given or out)
             stem, end = p.stem, number + (p.suffix if given else tail)
-            while stem and end != p.suffix and len(os.fsencode(stem + end)) > 255: stem = stem[:-1]
+            if end != p.suffix:
+                while stem and len(os.fsencode(stem + end)) > 255: stem = stem[:-1]
             return p.with_name(stem + end)
         rows.append((name(out), name(mix, f'-mix{out.suffix}'), name(plot, '.png')))
     if len({os.path.realpath(p) for row in rows for p in row}) < 3*n:
         raise ValueError(f'{out}: solo, mix and picture need names of their own')
     for p in rows[0]:
         kinds = '.png .svg .pdf .jpg' if p is rows[0][2] else '.wav .flac .ogg .opus .mp3'
-        if p.suffix.lower() not in kinds.split(): raise ValueError(f'{p}: give it one of the endings {kinds}')
+        if p.suffix.lower() not in kinds.split():
+            raise ValueError(f'{p}: give it one of the endings {kinds}')
     return rows
 
 # %% ../nbs/08c_generate_command.ipynb #92d32204
 def read_sound(
-    path, # Audio file
-    seconds:float=None, # At most so much of it
-    folder=None, # Where a long one waits, see `TempAudio`
+    path, # audio file
+    seconds:float=None, # at most so much of it
+    folder=None, # where a long one waits, see `TempAudio`
 ) -> TempAudio: # (1, N), 32 kHz
     "A sound to play with: mono, and not silent."
     x, most = TempAudio(folder), int(seconds*SAMPLE_RATE) if seconds else sys.maxsize
-    blocks = read_blocks(path, SAMPLE_RATE, mono=True, seconds=seconds + 1 if seconds else math.inf)
-    for y in bounded(path, blocks): x.add(y[:, :most - x.shape[1]])
-    if most and not x.shape[1] or not math.isfinite(largest(x)): raise AudioError(f'{path}: too short to be played over, or samples beyond all measure; export it again')
-    if is_silent(x): raise AudioError(f'{path}: silent, nothing in {"its beginning" if seconds else "it"} is above -70 dBFS; give another recording')
+    more = seconds + 1 if seconds else math.inf
+    for y in bounded(path, read_blocks(path, SAMPLE_RATE, mono=True, seconds=more)):
+        x.add(y[:, :most - x.shape[1]])
+    if most and not x.shape[1] or not math.isfinite(largest(x)): raise AudioError(
+        f'{path}: too short to be played over, or samples beyond all measure; export it again')
+    if is_silent(x): raise AudioError(
+        f'{path}: silent, nothing in {"its beginning" if seconds else "it"} is above -70 dBFS; '
+        'give another recording')
     return x
 
+# %% ../nbs/08c_generate_command.ipynb #ba8317e0
 def read_backing(
-    backing, # Audio file, or 'demo'
-    seconds:float=None, # At most so much of it
-    folder=None, # Where a long one waits, see `TempAudio`
-) -> tuple: # Path, sound (1, N) at 32 kHz, what is known about it (a dict, maybe empty)
+    backing, # audio file, or 'demo'
+    seconds:float=None, # at most so much of it
+    folder=None, # where a long one waits, see `TempAudio`
+) -> tuple: # path, sound (1, N) at 32 kHz, what is known about it (a dict, maybe empty)
     "The sound of a backing and, for music of the demo corpus, its chords."
     path, truth = demo_backing() if str(backing) == 'demo' else (Path(backing), {})
     x = read_sound(path, seconds, folder)
@@ -115,21 +128,22 @@ def read_backing(
 # %% ../nbs/08c_generate_command.ipynb #87e5b120
 @contextmanager
 def steps_bar(
-    frames:int, # Frames of 20 ms that a solo takes
-    show:bool=True, # Whether there is a bar
+    frames:int, # frames of 20 ms that a solo takes
+    show:bool=True, # whether there is a bar
 ): # a function to call with the number of frames done
     "A progress bar that knows what a frame is in seconds of music."
     fmt, t0 = 'playing {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} frames{postfix}', time.time()
     with bar(total=frames, bar_format=fmt, mininterval=.2, disable=not show) as shown:
         def progress(done):
-            shown.set_postfix_str(f'{done/50/max(time.time() - t0, 1e-3):.1f}x real time', refresh=False)
+            speed = done/50/max(time.time() - t0, 1e-3)
+            shown.set_postfix_str(f'{speed:.1f}x real time', refresh=False)
             shown.update(done - shown.n)
         yield progress
 
 # %% ../nbs/08c_generate_command.ipynb #0bfaf406
 def write_sound(
-    solo_path, # Of the solo
-    mix_path, # Of the solo with its backing
+    solo_path, # of the solo
+    mix_path, # of the solo with its backing
     solo, # (1, N), an array or a `Sound`
     backing, # (1, N), likewise
 ):
@@ -138,117 +152,179 @@ def write_sound(
     write_audio(mix_path, mix_audio(solo, backing))
 
 def write_plot(
-    path, # Of the picture
+    path, # of the picture
     solo, # (1, N), an array or a `Sound`
     backing, # (1, N), likewise
-    truth:dict, # What is known about the backing, maybe nothing
-    name:str, # For the title
-)->bool: # Whether it is written
-    "Write the picture of a solo, or say why there is none."
+    truth:dict, # what is known about the backing, maybe nothing
+    name:str, # for the title
+)->bool: # whether it is written
+    "Write the picture of a solo, of a long one the first minute, or say why there is none."
     solo, backing = (x[:, :60*SAMPLE_RATE] for x in (solo, backing))
     def draw(fig):
         title, form = f'SaxGPT over {printable(name)}', truth.get('form', '')
         if form == 'drawn': form = 'changes of its own'
         if truth: title += f': {form} in {truth.get("key", "")}, {truth.get("bpm", 0):.0f} bpm'
         plot_solo(solo, backing, truth.get('chords', ()), title, fig)
-    with without_warnings(): return save_picture(path, draw)       # letters that the font lacks, sounds shorter than a window
+    with without_warnings(): return save_picture(path, draw)   # missing letters, short sounds
+
+# %% ../nbs/08c_generate_command.ipynb #c02e0205
+def write_solos(
+    paths:list, # (solo, mix, plot) for each solo
+    solos, # (n, N), 32 kHz: a `Sound`
+    x, # the backing (1, M), at least as long
+    truth:dict, # what is known about it
+    names:list, # titles of the pictures
+) -> list: # the paths; the plot is None where it could not be drawn
+    "Write solos, mixes and pictures; raises `KeyboardInterrupt` where playing was interrupted."
+    cut, x = solos.shape[1] < x.shape[1], x.part(n=solos.shape[1])
+    solos = [normalize_loudness(solos.part(slice(i, i + 1))) for i in range(len(paths))]
+    x, rows = normalize_loudness(x), []
+    for row, solo in zip(paths, solos): write_sound(*row[:2], solo, x)
+    for row, solo, name in zip(paths, solos, names):
+        drawn = write_plot(row[2], solo, x, truth, name)
+        rows.append((*row[:2], row[2] if drawn else None))
+    kept = ', '.join(str(p) for row in rows for p in row if p)
+    if cut:
+        raise KeyboardInterrupt(f'the first {x.shape[1]/SAMPLE_RATE:.1f} s are kept: {kept}')
+    return rows
+
+# %% ../nbs/08c_generate_command.ipynb #c483f8d6
+@dataclass(frozen=True)
+class FileOptions:
+    "Keywords of `generate_file` beside names, seeds and settings of the sampler."
+    seconds:float = None # at most so much of the backing; None: all of it
+    codec:object = None # name or folder of the codec; None: the one that the checkpoint names
+    prompt:object = None # audio file that the solo begins with and goes on from
+    light:bool = False # with the lighter copy of the model
+    compiled:bool = False # with a compiled step, on a CPU
+    progress:bool = True # show a bar
+
+def check_request(out, mix, plot, seed:int, n:int, settings:dict)->tuple:
+    "Paths, `FileOptions` and settings of the sampler, or `ValueError`."
+    names = {f.name for f in fields(FileOptions)}
+    options = FileOptions(**{k: v for k, v in settings.items() if k in names})
+    sampling = {k: v for k, v in settings.items() if k not in names}
+    check_settings(**resolve_sampling(sampling))
+    paths, seconds = out_paths(out, mix, plot, n), options.seconds
+    if not 0 <= seed < 2**63 - n:
+        raise ValueError(f'seed must be between 0 and 2**63, not {seed}')
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ValueError(f'seconds must be above 0, not {seconds:g}')
+    return paths, options, sampling
+
+# %% ../nbs/08c_generate_command.ipynb #5783ed71
+def read_inputs(backing, out, options:FileOptions)->tuple:
+    "Path, sound and truth of the backing, sound of the prompt, folder for long sounds."
+    folder = next((p for p in Path(out).absolute().parents
+                   if p.is_dir() and os.access(p, os.W_OK | os.X_OK)), None)
+    path, x, truth = read_backing(backing, options.seconds, folder)
+    prompt = None if options.prompt is None else read_sound(options.prompt, folder=folder)
+    if prompt is not None and prompt.shape[1] >= x.shape[1]: raise ValueError(
+        f'{options.prompt}: is as long as the backing, which leaves nothing to play')
+    return path, x, truth, prompt, folder
+
+def matching_codec(name, about:dict, checkpoint, device):
+    "The codec `name`, or the one of the checkpoint; `ValueError` unless they agree."
+    codec = load_codec(name or about['codec_name'], device=device)
+    check_codec(codec.fingerprint(), about, f'checkpoint {checkpoint}')
+    return codec
+
+def resolve_settings(settings:dict, model, about:dict, codec, x)->dict:
+    "Settings of the sampler for this model and this backing; a strange one is reported."
+    chosen = settings.get('guidance') is not None
+    settings, known = resolve_sampling(settings, model.cfg.condition_dropout), about['backings']
+    if not known: return settings
+    settings, line = notice_strange(distance_to_corpus(codec, x, known), known, settings, chosen)
+    if line: notify(line)
+    return settings
 
 # %% ../nbs/08c_generate_command.ipynb #068534d8
 def generate_file(
-    backing, # Audio file, or 'demo'
-    out, # Where the solo goes
-    mix=None, # Where solo and backing together go; None: beside the solo
-    plot=None, # Where the picture goes; None: beside the solo
-    checkpoint='bundled', # Folder of a checkpoint, or 'bundled'
-    seed:int=0, # Of the first solo; the next has the next
-    n:int=1, # Solos
-    seconds:float=None, # At most so much of the backing; None: all of it
-    codec=None, # Name or folder of the codec; None: the one that the checkpoint names
-    prompt=None, # Audio file that the solo begins with and goes on from
-    light:bool=False, # With the lighter copy of the model
-    compiled:bool=False, # With a compiled step, on a CPU
-    progress:bool=True, # Show a bar
-    **settings, # temperature, top_k, top_p, guidance, density of `play_codes`; those that are absent as `resolve_sampling`
+    backing, # audio file, or 'demo'
+    out, # where the solo goes
+    mix=None, # where solo and backing together go; None: beside the solo
+    plot=None, # where the picture goes; None: beside the solo
+    checkpoint='bundled', # folder of a checkpoint, or 'bundled'
+    seed:int=0, # of the first solo; the next has the next
+    n:int=1, # solos
+    **settings, # of `FileOptions`; temperature, top_k, top_p, guidance, density of `PlaySettings`
 ) -> list: # (solo, mix, plot) paths for each solo; the plot is None where it could not be drawn
     "Play solos over a recording and write them, mixed and pictured too."
-    check_settings(**resolve_sampling(settings))
-    paths = out_paths(out, mix, plot, n)
-    if not 0 <= seed < 2**63 - n: raise ValueError(f'seed must be between 0 and 2**63, not {seed}')
-    if seconds is not None and not 0 < seconds < math.inf: raise ValueError(f'seconds must be above 0, not {seconds:g}')
+    paths, o, settings = check_request(out, mix, plot, seed, n, settings)
     model, about = load_model(checkpoint, 'cuda' if torch.cuda.is_available() else 'cpu')
-    chosen, settings = settings.get('guidance') is not None, resolve_sampling(settings, model.cfg.condition_dropout)
-    if light: model = quantize_decoder(model)
-    here = next((p for p in Path(out).absolute().parents if p.is_dir() and os.access(p, os.W_OK | os.X_OK)), None)
-    src, x, truth = read_backing(backing, seconds, here)
-    first = None if prompt is None else read_sound(prompt, folder=here)
-    if first is not None and first.shape[1] >= x.shape[1]: raise ValueError(f'{prompt}: is as long as the backing, which leaves nothing to play')
-    inputs = src, src.with_name('truth.json'), prompt, checkpoint, codec
-    named = [n == 1 and bool(p) for p in (out, mix, plot)]                # the others follow from `out`
-    codec = load_codec(codec or about['codec_name'], device=model.null.device)
-    check_codec(codec.fingerprint(), about, f'checkpoint {checkpoint}')
+    if o.light: model = quantize_decoder(model)
+    src, x, truth, prompt, folder = read_inputs(backing, out, o)
+    codec = matching_codec(o.codec, about, checkpoint, model.null.device)
+    inputs = src, src.with_name('truth.json'), o.prompt, checkpoint, o.codec
+    named = [n == 1 and bool(p) for p in (out, mix, plot)]   # the others follow from `out`
     paths = [[output_path(p, *inputs, named=k) for p, k in zip(row, named)] for row in paths]
-    if about['backings']:
-        settings, line = notice_strange(distance_to_corpus(codec, x, about['backings']), about['backings'], settings, chosen)
-        if line: notify(line)
-    with steps_bar(math.ceil(x.shape[1]/codec.hop), progress) as advance:
-        solos = generate(model, codec, x, [seed + i for i in range(n)], first, advance, here, compiled=compiled, **settings)
-    cut, x = solos.shape[1] < x.shape[1], x.part(n=solos.shape[1])
-    solos, x = [normalize_loudness(solos.part(slice(i, i + 1))) for i in range(n)], normalize_loudness(x)
-    for row, solo in zip(paths, solos): write_sound(*row[:2], solo, x)
-    name = 'the demo backing' if str(backing) == 'demo' else src.name
-    drawn = [write_plot(row[2], solo, x, truth, f'{name}, seed {seed + i}')
-             for i, (row, solo) in enumerate(zip(paths, solos))]
-    paths = [(*row[:2], row[2] if d else None) for row, d in zip(paths, drawn)]
-    kept = ', '.join(str(p) for row in paths for p in row if p)
-    if cut: raise KeyboardInterrupt(f'the first {x.shape[1]/SAMPLE_RATE:.1f} s are kept: {kept}')
-    return paths
+    settings = resolve_settings(settings, model, about, codec, x)
+    seeds, name = [seed + i for i in range(n)], src.name
+    if str(backing) == 'demo': name = 'the demo backing'
+    with steps_bar(math.ceil(x.shape[1]/codec.hop), o.progress) as advance: solos = generate(
+        model, codec, x, seeds, prompt, advance, folder, compiled=o.compiled, **settings)
+    return write_solos(paths, solos, x, truth, [f'{name}, seed {s}' for s in seeds])
 
 # %% ../nbs/08c_generate_command.ipynb #562b7ab5
 def print_summary(
-    paths:list, # From `generate_file`
-    took:float, # Seconds
-    seed:int, # One that has not been played yet
+    paths:list, # from `generate_file`
+    took:float, # seconds
+    seed:int, # one that has not been played yet
 ): # prints
     "Where the solos are and how to go on."
     for row in paths:
         for what, p in zip(('solo', 'mix', 'picture'), row):
             if p: print(f'{what:8} {p}')
-    print(f'Done in {took:.0f} s. Other solos: --seed {seed}, several at once: --n 3, more weight on the backing: --guidance 3.')
+    print(f'Done in {took:.0f} s. Other solos: --seed {seed}, several at once: --n 3, '
+          'more weight on the backing: --guidance 3.')
     here = 'saxgpt generate'
-    with suppress(OSError, ValueError, TypeError):       # no current folder, another drive, no program
-        program, near = os.path.relpath(sys.executable), Path(sys.executable).is_relative_to(Path.cwd())
-        if near: here = f'{program} -m saxgpt.generate'
+    with suppress(OSError, ValueError, TypeError):   # no current folder, another drive, no program
+        program = os.path.relpath(sys.executable)
+        if Path(sys.executable).is_relative_to(Path.cwd()): here = f'{program} -m saxgpt.generate'
     print(f'Over your own recording, any format:  {here} my-track.mp3 -o out/my-solo.wav')
 
-# %% ../nbs/08c_generate_command.ipynb #8fa7de5f
+# %% ../nbs/08c_generate_command.ipynb #0172b958
 def parse_numbers(text): # a number, or several with commas between them
     "`1.0` as a number, `1,1,0.9,0.8` as a list: one for each codebook."
     values = [float(v) for v in str(text).split(',')]
     return values[0] if len(values) == 1 else values
 
+_flags = dict(
+    backing=Param('audio file to play over, any format; demo: the one that comes along', str,
+                  opt=False, nargs='?'),
+    temperature=Param(
+        '0: always the likeliest; one number, or one for each codebook as in 1,1,0.9,0.8; '
+        f'{DEFAULT_SAMPLING["temperature"]:g} when absent, '
+        f'{DEFAULT_SAMPLING_NO_CFG["temperature"]:g} without guidance', parse_numbers),
+    top_k=Param('codes to choose from, one number or four; 0: all', parse_numbers),
+    top_p=Param('share of the probability to choose from, one number or four; 0: all',
+                parse_numbers),
+    guidance=Param(f'weight of the backing, 1: as learnt; {DEFAULT_SAMPLING["guidance"]:g} '
+                   'when absent, 1 for a model without condition dropout', float))
+
+# %% ../nbs/08c_generate_command.ipynb #8fa7de5f
 @command(output='-o')
 def main(
-    backing:Param('audio file to play over, any format; demo: the one that comes along', str, opt=False, nargs='?')='demo',
+    backing:_flags['backing']='demo',
     output:str='solo.wav', # where the solo goes, also -o
     mix:str=None, # where solo and backing together go; beside the solo when absent
     plot:str=None, # where the picture goes; beside the solo when absent
     checkpoint:str='bundled', # folder of a checkpoint, or hf://USER/NAME
-    temperature:Param('0: always the likeliest; one number, or one for each codebook as in 1,1,0.9,0.8; '
-                      f'{DEFAULT_SAMPLING["temperature"]:g} when absent, {DEFAULT_SAMPLING_NO_CFG["temperature"]:g} without guidance', parse_numbers)=None,
-    top_k:Param('codes to choose from, one number or four; 0: all', parse_numbers)=DEFAULT_SAMPLING['top_k'],
-    top_p:Param('share of the probability to choose from, one number or four; 0: all', parse_numbers)=DEFAULT_SAMPLING['top_p'],
-    guidance:Param(f'weight of the backing, 1: as learnt; {DEFAULT_SAMPLING["guidance"]:g} when absent, 1 for a model without condition dropout', float)=None,
-    density:float=None, # how much is played, from -1 (sparse) to 1 (busy); 0, when absent: as real solos do
+    temperature:_flags['temperature']=None,
+    top_k:_flags['top_k']=DEFAULT_SAMPLING['top_k'],
+    top_p:_flags['top_p']=DEFAULT_SAMPLING['top_p'],
+    guidance:_flags['guidance']=None,
+    density:float=None, # how much is played, -1 (sparse) to 1 (busy); absent: 0, as in real solos
     seed:int=0, # the same seed plays the same solo
     n:int=1, # number of solos
     prompt:str=None, # audio file that the solo begins with and goes on from
     seconds:float=None, # at most so much of the backing; all of it when absent
-    light:bool=False, # faster and a little less exact: 8-bit weights on a CPU, half precision on a GPU
-    compile:bool=False, # compile the decoder's step first: seconds that pay for long tunes on a CPU; needs a C++ compiler
+    light:bool=False, # faster, less exact: 8-bit weights on a CPU, half precision on a GPU
+    compile:bool=False, # compile the step first: pays for long tunes on a CPU; needs a C++ compiler
     codec:str=None, # name or folder of the codec; the one that the checkpoint names when absent
 ):
     "Play a saxophone solo over a backing track."
-    t0 = time.time()
-    paths = generate_file(backing, output, mix, plot, checkpoint, seed, n, seconds, codec, prompt, light, compile,
-                 temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, density=density)
+    t0, play = time.time(), dict(temperature=temperature, guidance=guidance, density=density)
+    paths = generate_file(backing, output, mix, plot, checkpoint, seed, n, seconds=seconds,
+        codec=codec, prompt=prompt, light=light, compiled=compile, top_k=top_k, top_p=top_p, **play)
     print_summary(paths, time.time() - t0, seed + n)

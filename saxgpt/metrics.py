@@ -44,7 +44,8 @@ class _CrossEntropy(torch.autograd.Function):
         w = torch.where(valid, (grad / n)[:, None], 0.)                       # (B,K,S)
         out = torch.empty_like(logits)
         for b,s in _pieces(*logits.shape[::2], ctx.steps):
-            out[b, :, s] = torch.sub(logits[b, :, s], norm[b, :, s, None]).exp_().mul_(w[b, :, s, None])
+            p = torch.sub(logits[b, :, s], norm[b, :, s, None]).exp_()
+            out[b, :, s] = p.mul_(w[b, :, s, None])
         return out.scatter_add_(-1, target[..., None], -w[..., None].to(out.dtype)), None, None
 
 # %% ../nbs/09a_metrics.ipynb #30e9cea1
@@ -77,9 +78,11 @@ def code_counts(
     cardinality:int=2048, # codes in a codebook
 )->np.ndarray: # (K,V)
     "How often each code comes, per codebook."
-    codes = np.concatenate([np.asarray(c) for c in codes], 1) if isinstance(codes, (list, tuple)) else np.asarray(codes)
+    if isinstance(codes, (list, tuple)): codes = np.concatenate([np.asarray(c) for c in codes], 1)
+    codes = np.asarray(codes)
     if codes.size and not 0 <= codes.min() <= codes.max() < cardinality: raise ValueError(
-        f'codes from {codes.min()} to {codes.max()}; they must be from 0 to {cardinality - 1}: take off the delay pattern first')
+        f'codes from {codes.min()} to {codes.max()}; they must be from 0 to {cardinality - 1}: '
+        'take off the delay pattern first')
     return np.stack([np.bincount(c, minlength=cardinality) for c in codes])
 
 def vocabulary(
@@ -89,7 +92,8 @@ def vocabulary(
     "How many of the words are used, and how evenly."
     n = code_counts(codes, cardinality)
     p = n/np.maximum(n.sum(1, keepdims=True), 1)
-    return dict(coverage=(n > 0).mean(1).tolist(), entropy_bits=(-(p*np.log2(np.where(p > 0, p, 1))).sum(1) + 0.).tolist())
+    entropy = -(p*np.log2(np.where(p > 0, p, 1))).sum(1) + 0.
+    return dict(coverage=(n > 0).mean(1).tolist(), entropy_bits=entropy.tolist())
 
 # %% ../nbs/09a_metrics.ipynb #11a1d611
 def kl_divergence(
@@ -99,9 +103,11 @@ def kl_divergence(
     pseudo:float=1., # additional observations of every code
 )->np.ndarray: # (K,) nats
     "KL(target || predicted) of the shares of codes, both smoothed alike."
-    n, given = code_counts(target, cardinality).astype(float), not isinstance(predicted, list) and np.asarray(predicted).dtype.kind == 'f'
+    n = code_counts(target, cardinality).astype(float)
+    given = not isinstance(predicted, list) and np.asarray(predicted).dtype.kind == 'f'
     q = np.asarray(predicted, float) if given else code_counts(predicted, cardinality)
-    if q.shape != n.shape: raise ValueError(f'shares of shape {q.shape}; give {n.shape}, one for each of {cardinality} codes')
+    if q.shape != n.shape: raise ValueError(
+        f'shares of shape {q.shape}; give {n.shape}, one for each of {cardinality} codes')
     p, q = (x/np.maximum(x.sum(1, keepdims=True), 1e-30) for x in (n, q))
     e = pseudo*cardinality/(n.sum(1, keepdims=True) + pseudo*cardinality)
     p, q = ((1 - e)*x + e/cardinality for x in (p, q))
@@ -133,7 +139,8 @@ def longest_silence(
 # %% ../nbs/09a_metrics.ipynb #42621afc
 def _same(a, b):
     a, b = np.asarray(a), np.asarray(b)
-    if a.shape != b.shape: raise ValueError(f'codes of shapes {a.shape} and {b.shape}; give two of one shape')
+    if a.shape != b.shape:
+        raise ValueError(f'codes of shapes {a.shape} and {b.shape}; give two of one shape')
     return a == b
 
 def first_divergence(
@@ -154,13 +161,15 @@ def consistency(
     same = _same(a, b)
     return float(same.mean() if valid is None else same[np.asarray(valid)].mean())
 
+# %% ../nbs/09a_metrics.ipynb #e0d1e173
 def sequence_accuracy(
     target, # (K,T) codes
     generated, # (K,T)
 )->dict: # shares: per_codebook (K,), token, frame (all K right), exact (0 or 1)
     "How much of a sequence was met, from single codes to all of it."
     same = _same(target, generated)
-    return dict(per_codebook=same.mean(1).tolist(), token=float(same.mean()), frame=float(same.all(0).mean()), exact=float(same.all()))
+    return dict(per_codebook=same.mean(1).tolist(), token=float(same.mean()),
+                frame=float(same.all(0).mean()), exact=float(same.all()))
 
 # %% ../nbs/09a_metrics.ipynb #f90a81fc
 def _center(X):
@@ -177,12 +186,22 @@ def frechet_distance(
 )->float: # 0 or more, in squared units of the embedding
     "Fréchet distance of two clouds taken as Gaussians (Kilgour et al. 2019, equation 1)."
     (m, A), (l, B) = _center(X), _center(Y)
-    return max(0., float(((m - l)**2).sum() + (A**2).sum() + (B**2).sum() - 2*np.linalg.svd(A @ B.T, compute_uv=False).sum()))
+    both = np.linalg.svd(A @ B.T, compute_uv=False).sum()
+    return max(0., float(((m - l)**2).sum() + (A**2).sum() + (B**2).sum() - 2*both))
 
 # %% ../nbs/09a_metrics.ipynb #318c148a
 def _sounds(X): # an array holds one point per sound
-    return [np.asarray(x, float) for x in X] if isinstance(X, list) else [np.asarray(x, float)[None] for x in X]
+    if isinstance(X, list): return [np.asarray(x, float) for x in X]
+    return [np.asarray(x, float)[None] for x in X]
 
+def _check_pairs(X, Y):
+    if len(X) != len(Y):
+        raise ValueError(f'{len(X)} and {len(Y)} sounds; pairs need as many of each')
+
+def _halves(k, rank): # the same halves whatever is left out
+    return np.array_split(k[np.argsort(rank[k])], 2)
+
+# %% ../nbs/09a_metrics.ipynb #7583d89e
 def frechet_infinity(
     X, # (n,d) embeddings, or a list of (n_i,d), one for each sound
     Y, # the same
@@ -193,17 +212,20 @@ def frechet_infinity(
 )->dict: # value (may be below 0), measured: at all sounds, halves: at half of them
     "The Fréchet distance that infinitely many sounds would have."
     X, Y = _sounds(X), _sounds(Y)
-    if paired and len(X) != len(Y): raise ValueError(f'{len(X)} and {len(Y)} sounds; pairs need as many of each')
-    def chosen(Z): return np.arange(len(Z)) if keep is None else np.intersect1d(keep, np.arange(len(Z)))
-    i, j, d = chosen(X), chosen(Y), lambda a, b: frechet_distance(np.concatenate([X[k] for k in a]), np.concatenate([Y[k] for k in b]))
+    if paired: _check_pairs(X, Y)
+    def d(a, b): return frechet_distance(*(np.concatenate([Z[k] for k in c])
+                                           for Z, c in ((X, a), (Y, b))))
+    i, j = np.arange(len(X)), np.arange(len(Y))
+    if keep is not None: i, j = np.intersect1d(keep, i), np.intersect1d(keep, j)
     if min(len(i), len(j)) < 4: return dict(value=math.nan, measured=d(i, j), halves=math.nan)
-    def halved(k, rank): return np.array_split(k[np.argsort(rank[k])], 2)          # the same halves whatever is left out
     all_, half, rng = d(i, j), [], np.random.default_rng(seed)
     for _ in range(splits):
         a, b = rng.random(len(X)), rng.random(len(Y))
-        half += [d(p, q) for p, q in zip(halved(i, a), halved(j, a if paired else b))]
-    return dict(value=float(2*all_ - np.mean(half)), measured=float(all_), halves=float(np.mean(half)))
+        half += [d(p, q) for p, q in zip(_halves(i, a), _halves(j, a if paired else b))]
+    return dict(value=float(2*all_ - np.mean(half)), measured=float(all_),
+                halves=float(np.mean(half)))
 
+# %% ../nbs/09a_metrics.ipynb #991b3031
 def kernel_distance(
     X, # (n,d) embeddings of a scale near 1, or a list of (n_i,d), one for each sound
     Y, # the same
@@ -211,7 +233,8 @@ def kernel_distance(
 )->float: # may be below 0
     "Unbiased squared maximum mean discrepancy with a polynomial kernel (Bińkowski et al. 2018)."
     X, Y = _sounds(X), _sounds(Y)
-    if min(len(X), len(Y)) < 2: raise ValueError(f'{len(X)} and {len(Y)} embeddings; give at least two of each')
+    if min(len(X), len(Y)) < 2:
+        raise ValueError(f'{len(X)} and {len(Y)} embeddings; give at least two of each')
     i, j = (np.repeat(np.arange(len(Z)), [len(z) for z in Z]) for Z in (X, Y))
     X, Y = np.concatenate(X), np.concatenate(Y)
     k = lambda A, B: (A @ B.T/A.shape[1] + 1)**3
@@ -237,7 +260,8 @@ def apa(
     distance=frechet_distance, # of two clouds
 )->float: # from 0 to 1
     "Accompaniment prompt adherence: nearer to the fitting mixes or to the shuffled ones?"
-    return apa_of(*(distance(*p) for p in ((candidate, reference), (candidate, shuffled), (reference, shuffled))))
+    pairs = (candidate, reference), (candidate, shuffled), (reference, shuffled)
+    return apa_of(*(distance(*p) for p in pairs))
 
 # %% ../nbs/09a_metrics.ipynb #bbd972d0
 FEW = 8 # groups below which the bootstrap is too narrow
@@ -253,6 +277,7 @@ def _t_interval(v, g, level): # of the mean of groups of unequal sizes
     wide = _quantile(n - 1, .5 + level/2)*math.sqrt(n/(n - 1)*(rest**2).sum())/len(v)
     return float(v.mean() - wide), float(v.mean() + wide)
 
+# %% ../nbs/09a_metrics.ipynb #2ffb31fd
 def wilson(
     share:float, # from 0 to 1
     n:int, # independent observations
@@ -260,9 +285,18 @@ def wilson(
 )->tuple: # low, high
     "Interval of a share (Wilson 1927)."
     z = _quantile(1e9, .5 + level/2)
-    mid, wide = (share + z*z/(2*n))/(1 + z*z/n), z/(1 + z*z/n)*math.sqrt(share*(1 - share)/n + z*z/(4*n*n))
+    mid = (share + z*z/(2*n))/(1 + z*z/n)
+    wide = z/(1 + z*z/n)*math.sqrt(share*(1 - share)/n + z*z/(4*n*n))
     return max(0., float(mid - wide)), min(1., float(mid + wide))
 
+# %% ../nbs/09a_metrics.ipynb #3d0e5df3
+def _group_numbers(groups, n:int): # (n,) from 0
+    g = np.arange(n)
+    if groups is not None: g = np.unique([str(x) for x in groups], return_inverse=True)[1]
+    if len(g) != n: raise ValueError(f'{len(g)} groups for {n} values; give one for each')
+    return g
+
+# %% ../nbs/09a_metrics.ipynb #c93ebef9
 def bootstrap(
     values, # array of n items along the first axis, or a list
     fn=None, # of the items drawn, the mean when absent
@@ -273,16 +307,18 @@ def bootstrap(
     binary:bool=False, # values at or near 0 and 1
 )->tuple: # low, high; NaN where nothing can be said
     "Interval of a mean (or of `fn`), over groups."
-    rng, array = np.random.default_rng(seed), values if fn and isinstance(values, list) else np.asarray(values, float)
+    rng, array = np.random.default_rng(seed), values
+    if not (fn and isinstance(values, list)): array = np.asarray(values, float)
     if not len(values): raise ValueError('no values; an interval needs at least one')
-    g = np.arange(len(values)) if groups is None else np.unique([str(x) for x in groups], return_inverse=True)[1]
-    if len(g) != len(values): raise ValueError(f'{len(g)} groups for {len(values)} values; give one for each')
+    g = _group_numbers(groups, len(values))
     n = int(g.max()) + 1
     if binary: return wilson(float(array.mean()), n, level)
-    if n < FEW: return (math.nan, math.nan) if fn or array.ndim > 1 else _t_interval(array, g, level)
+    if n < FEW:
+        return (math.nan, math.nan) if fn or array.ndim > 1 else _t_interval(array, g, level)
     members = [np.flatnonzero(g == k) for k in range(n)]
     pick = (lambda i: [array[j] for j in i]) if isinstance(array, list) else lambda i: array[i]
-    got = [(fn or np.mean)(pick(np.concatenate([members[k] for k in rng.integers(0, n, n)]))) for _ in range(draws)]
+    got = [(fn or np.mean)(pick(np.concatenate([members[k] for k in rng.integers(0, n, n)])))
+           for _ in range(draws)]
     return tuple(float(q) for q in np.percentile(got, [50*(1 - level), 50*(1 + level)]))
 
 # %% ../nbs/09a_metrics.ipynb #0fe2bfcc

@@ -43,7 +43,8 @@ def from_hub(
         except Exception as e: why = e
     offline = local_files_only or bool(why)
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=offline, **where))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES,
+                                      local_files_only=offline, **where))
     except Exception as e:
         error = f'{type(why or e).__name__}: {(str(why or e).splitlines() or [""])[0]}'
         raise CheckpointError(f'{HUB}{name}: could not be had from the hub ({error}); '
@@ -75,7 +76,8 @@ def read_card(
     "The model card; a link that leads elsewhere may be no text that anybody wants to publish."
     card = Path(folder)/'README.md'
     if os.path.islink(card) and not card.resolve().is_relative_to(Path(root or folder).resolve()):
-        raise CheckpointError(f'{card}: is a link out of the checkpoint, and no card of it; put the text there')
+        raise CheckpointError(
+            f'{card}: is a link out of the checkpoint, and no card of it; put the text there')
     return card.read_bytes() if card.is_file() else None
 
 # %% ../nbs/07j_pretrained.ipynb #1e8d4b29
@@ -83,20 +85,22 @@ def load_model(
     path='bundled', # as of `find_checkpoint`
     device='cpu', # where the model goes
     **where # of the hub: revision, cache_dir, token, local_files_only, force_download
-)->tuple[SaxGPT, dict]: # the model; config, codec_name, codec_hash, step, metrics, versions, source, backings
+)->tuple[SaxGPT, dict]: # the model; `config.json`, source, backings
     "The model of a checkpoint in evaluation mode, ready to play."
     source, folder = str(path), find_checkpoint(path, **where)
     far = source.startswith(HUB)
     try: about = verify(folder)
     except CheckpointError as e:
         if not far: raise
-        raise CheckpointError(f'{source}: {e}; or remove {folder.parent.parent} to fetch it again') from None
+        raise CheckpointError(
+            f'{source}: {e}; or remove {folder.parent.parent} to fetch it again') from None
     if far and where.get('revision'): source += f'@{where["revision"]}'
     hashes = json.loads((folder/'hashes.json').read_text())
     about |= dict(source=f'{source}, weights {hashes["model.safetensors"][:16]}', backings=None)
     model = frame(parse(RunConfig, about['config'], str(folder/'config.json')).model, folder)
     load_weights(model, folder)
-    if 'backings.json' in hashes: about['backings'] = read_backings(folder, model.cfg.vocab_size - 1)
+    if 'backings.json' in hashes:
+        about['backings'] = read_backings(folder, model.cfg.vocab_size - 1)
     model.about, model.card = about, None
     try: model.card = read_card(folder, folder.parents[1] if far else folder)  # the hub's are links
     except CheckpointError as e: notify(str(e))
@@ -140,7 +144,8 @@ def describe_backings(
 def _target(out, *inputs):
     "Where an export goes, tried before the work; only an older export is replaced, and no input."
     out = Path(out)
-    if out.exists() and not (out/'hashes.json').is_file() and (not out.is_dir() or any(out.iterdir())):
+    free = not out.exists() or out.is_dir() and not any(out.iterdir())
+    if not free and not (out/'hashes.json').is_file():
         raise CheckpointError(f'{out}: exists and is no checkpoint; name a new folder')
     return output_path(out, *inputs, folder=True)
 
@@ -202,8 +207,9 @@ def from_pretrained(cls:SaxGPT, path, *, map_location='cpu', revision=None, cach
                     force_download=False, local_files_only=False, token=None):
     "A model from a folder, or by its name on the hub."
     if not Path(path).is_dir() and is_hub_name(path): path = f'{HUB}{path}'
-    return load_model(path, map_location, revision=revision, cache_dir=cache_dir,
-                      force_download=force_download, local_files_only=local_files_only, token=token)[0]
+    model, _ = load_model(path, map_location, revision=revision, cache_dir=cache_dir, token=token,
+                          force_download=force_download, local_files_only=local_files_only)
+    return model
 
 # %% ../nbs/07j_pretrained.ipynb #4010d4b5
 @command(prog='python -m saxgpt.pretrained')

@@ -21,11 +21,12 @@ def chord_tone_share(
 )->float: # from 0 to 1; NaN if no voiced frame lies in a chord
     "Share of the voiced frames whose pitch class belongs to the chord that sounds."
     times, midi = np.asarray(times, float), np.asarray(midi, float)
-    if times.shape != midi.shape: raise ValueError(f'{len(times)} times for {len(midi)} pitches; give one time per pitch')
+    if times.shape != midi.shape:
+        raise ValueError(f'{len(times)} times for {len(midi)} pitches; give one time per pitch')
     if not chords: return math.nan
     chords = sorted(chords, key=lambda c: _get(c, 'start'))
     start, end = (np.array([_get(c, k) for c in chords], float) for k in ('start', 'end'))
-    member = np.zeros((len(chords), 12), bool)                       # which pitch classes fit which chord
+    member = np.zeros((len(chords), 12), bool)         # which pitch classes fit which chord
     for i,c in enumerate(chords): member[i, np.asarray(_get(c, notes), int) % 12] = True
     i = np.searchsorted(start, times, 'right') - 1
     counted = np.isfinite(midi) & (i >= 0) & (times < end[i])
@@ -37,13 +38,15 @@ def chroma_agreement(
     solo, # (12,T) weights of pitch classes, zeros where it rests
     backing, # (12,T)
 )->float: # from -1 to 1; 0 if the solo never plays
-    "Mean correlation of the pitch classes of solo and backing, over the frames in which the solo plays."
+    "Mean correlation of the pitch classes of solo and backing, where the solo plays."
     a, b = np.asarray(solo, float), np.asarray(backing, float)
-    if a.shape != b.shape: raise ValueError(f'chroma of shapes {a.shape} and {b.shape}; give two of one shape')
+    if a.shape != b.shape:
+        raise ValueError(f'chroma of shapes {a.shape} and {b.shape}; give two of one shape')
     playing = a.any(0)
     if not playing.any(): return 0.
     a, b = (x[:, playing] - x[:, playing].mean(0) for x in (a, b))
-    return float(((a*b).sum(0)/np.maximum(np.linalg.norm(a, axis=0)*np.linalg.norm(b, axis=0), 1e-12)).mean())
+    norms = np.linalg.norm(a, axis=0)*np.linalg.norm(b, axis=0)
+    return float(((a*b).sum(0)/np.maximum(norms, 1e-12)).mean())
 
 # %% ../../nbs/12i_scores.ipynb #8dea17f5
 def beat_f1(
@@ -85,11 +88,13 @@ def onset_phase(
     swing:float=.5, # share of the beat that the first eighth takes
 )->dict: # phases (n,) from -.5 to .5, alignment, concentration, offset (s), n; zeros for no onset
     "Where onsets lie in the grid of the backing."
-    if not len(onsets): return dict(phases=np.zeros(0), alignment=0., concentration=0., offset=0., n=0)
+    if not len(onsets):
+        return dict(phases=np.zeros(0), alignment=0., concentration=0., offset=0., n=0)
     phase = (beat_positions(onsets, beats, swing)*subdivision + .5) % 1 - .5
     z = np.exp(2j*np.pi*phase).mean()
     offset = np.angle(z)/(2*np.pi*subdivision)*float(np.median(np.diff(np.sort(beats))))
-    return dict(phases=phase, alignment=float(z.real), concentration=float(abs(z)), offset=float(offset), n=len(phase))
+    return dict(phases=phase, alignment=float(z.real), concentration=float(abs(z)),
+                offset=float(offset), n=len(phase))
 
 # %% ../../nbs/12i_scores.ipynb #35d60529
 def implied_beats(
@@ -106,10 +111,11 @@ def implied_beats(
     width, pos = sigma/np.median(np.diff(np.sort(beats))), beat_positions(onsets, beats)[:, None]
     tooth = lambda at: np.exp(-.5*(((pos - shifts - at + .5) % 1 - .5)/width)**2)
     score = (tooth(0) + off*tooth(swing)).sum(0)
-    a = shifts[np.flatnonzero(score > score.max() - 1e-6)[0]]                    # of equal shifts the smallest
+    a = shifts[np.flatnonzero(score > score.max() - 1e-6)[0]]      # of equal shifts the smallest
     b = _widen(beats)
     return np.interp(np.arange(1, len(b) - 1) + a, np.arange(len(b)), b)
 
+# %% ../../nbs/12i_scores.ipynb #a51564c7
 def beat_window(
     beats, # (m,) seconds
 )->float: # s
@@ -120,7 +126,8 @@ def beat_chance(
     beats, # (m,) seconds of the backing's beats
 )->float: # from 0 to .4
     "The beat F1 that random onsets get: the share of a beat that the window covers."
-    return float(2*beat_window(beats)/np.median(np.diff(np.sort(beats)))) if len(beats) > 1 else 0.
+    if len(beats) < 2: return 0.
+    return float(2*beat_window(beats)/np.median(np.diff(np.sort(beats))))
 
 # %% ../../nbs/12i_scores.ipynb #11003071
 def activity_f1(
@@ -128,7 +135,7 @@ def activity_f1(
     reference, # (T',) bool: in which the real one does
 )->float: # from 0 to 1; two silences agree
     "F-measure of the frames in which somebody plays."
-    n = max(len(active), len(reference))                                     # what is missing at the end is a rest
+    n = max(len(active), len(reference))          # what is missing at the end is a rest
     a, b = (np.pad(np.asarray(x, bool), (0, n - len(x))) for x in (active, reference))
     return float(2*(a & b).sum()/(a.sum() + b.sum())) if a.any() or b.any() else 1.
 
@@ -147,15 +154,17 @@ def pitch_class_entropy(
         if p.any(): p = p[p > 0]/p.sum(); found.append(-(p*np.log2(p)).sum() + 0.)
     return float(np.mean(found)) if found else math.nan
 
+# %% ../../nbs/12i_scores.ipynb #3b18ff3e
 def grooving_similarity(
     onsets, # (n,) seconds
     bars, # (B,) seconds at which bars begin
     positions:int=12, # points of the grid in a bar
 )->float: # from 0 to 1; NaN for fewer than two bars with onsets
-    "How alike the bars' rhythms are: one less the share of positions in which two bars differ, over all pairs of bars."
+    "How alike the bars' rhythms are: the share of positions in which two bars agree, over pairs."
     t, bars = np.asarray(onsets, float), np.sort(np.asarray(bars, float))
     if len(bars) < 3: return math.nan
-    at = np.round(np.interp(t, bars, np.arange(len(bars))*positions)[(t >= bars[0]) & (t < bars[-1])]).astype(int)
+    at = np.interp(t, bars, np.arange(len(bars))*positions)
+    at = np.round(at[(t >= bars[0]) & (t < bars[-1])]).astype(int)
     grid = np.zeros((len(bars)*positions), bool); grid[at] = True
     grid = grid.reshape(-1, positions); grid = grid[grid.any(1)].astype(int)
     n = len(grid)

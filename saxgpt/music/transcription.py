@@ -20,17 +20,19 @@ from ..words import notify
 
 # %% ../../nbs/12j_transcription.ipynb #2b32f9ab
 def pitch_track(
-    x:np.ndarray, # Solo (1, N)
-    sr:int=SAMPLE_RATE, # Its rate, Hz
-    floor_db:float=-30., # Frames so far below the loud ones are silence
-) -> tuple: # Times (s) and pitches (MIDI numbers, NaN where there is none) of frames of 20 ms
+    x:np.ndarray, # solo (1, N)
+    sr:int=SAMPLE_RATE, # its rate, Hz
+    floor_db:float=-30., # frames so far below the loud ones are silence
+) -> tuple: # times (s) and pitches (MIDI numbers, NaN where there is none) of frames of 20 ms
     "The line that a solo plays."
     y, hop = resample(x, sr, 16_000)[0], 320
     if len(y) < 1024: y = np.pad(y, (0, 1024 - len(y)))
-    f0, voiced, _ = librosa.pyin(y, sr=16_000, fmin=85, fmax=1200, frame_length=1024, hop_length=hop, resolution=.2)
+    f0, voiced, _ = librosa.pyin(y, sr=16_000, fmin=85, fmax=1200, frame_length=1024,
+                                 hop_length=hop, resolution=.2)
     level = librosa.feature.rms(y=y, frame_length=1024, hop_length=hop)[0][:len(f0)]
     loud = level > np.percentile(level, 95)*10**(floor_db/20)
-    midi = np.where(voiced & loud & (level > 1e-4), librosa.hz_to_midi(np.where(f0 > 0, f0, 440.)), np.nan)
+    pitch = librosa.hz_to_midi(np.where(f0 > 0, f0, 440.))
+    midi = np.where(voiced & loud & (level > 1e-4), pitch, np.nan)
     return np.arange(len(midi))*hop/16_000, midi
 
 # %% ../../nbs/12j_transcription.ipynb #34a0cb93
@@ -44,6 +46,7 @@ def merge_close(
         if not out or t - out[-1] > gap: out.append(t)
     return np.array(out, float)
 
+# %% ../../nbs/12j_transcription.ipynb #5f28622c
 def onsets_of(
     x:np.ndarray, # solo (1,N), 32 kHz
     track:tuple=None, # its `pitch_track`, if it is known
@@ -51,14 +54,17 @@ def onsets_of(
     "When its notes begin."
     (t, midi), y = track or pitch_track(x), resample(x, SAMPLE_RATE, 16_000)[0]
     y = np.pad(y, (0, max(0, 1024 - len(y))))
-    flux = librosa.onset.onset_strength(y=y, sr=16_000, hop_length=160, n_fft=512, n_mels=64, lag=3, max_size=3)
-    rises = librosa.onset.onset_detect(onset_envelope=flux, sr=16_000, hop_length=160, units='time', delta=.1, backtrack=True)
+    kw = dict(sr=16_000, hop_length=160)
+    flux = librosa.onset.onset_strength(y=y, n_fft=512, n_mels=64, lag=3, max_size=3, **kw)
+    rises = librosa.onset.onset_detect(onset_envelope=flux, units='time', delta=.1, backtrack=True,
+                                       **kw)
     voiced = np.isfinite(midi)
     rises = np.array([r for r in rises if voiced[(t > r - .03) & (t < r + .08)].any()], float)
     jump = np.abs(np.diff(midi, prepend=np.nan)) > .6
     begins = voiced & (jump | ~np.r_[False, voiced[:-1]])
-    jumps = t[begins] - .01                                            # pYIN's window is half into the new note
-    return merge_close(np.r_[rises, [j for j in jumps if not len(rises) or np.abs(rises - j).min() > .06]])
+    jumps = t[begins] - .01                          # pYIN's window is half into the new note
+    far = [j for j in jumps if not len(rises) or np.abs(rises - j).min() > .06]
+    return merge_close(np.r_[rises, far])
 
 # %% ../../nbs/12j_transcription.ipynb #df34dd40
 def active_frames(
@@ -76,7 +82,8 @@ def describe_solo(
 )->dict: # seconds, times, midi, onsets, active
     "All that the scores ask of a solo."
     times, midi = pitch_track(x)
-    return dict(seconds=x.shape[1]/SAMPLE_RATE, times=times, midi=midi, onsets=onsets_of(x, (times, midi)), active=active_frames(x))
+    return dict(seconds=x.shape[1]/SAMPLE_RATE, times=times, midi=midi,
+                onsets=onsets_of(x, (times, midi)), active=active_frames(x))
 
 # %% ../../nbs/12j_transcription.ipynb #c03aa453
 LATENCY = .018 # s by which the onset curve lags
@@ -87,7 +94,8 @@ def onset_curve(
     "How strongly something begins, every 20 ms."
     y = resample(x, SAMPLE_RATE, 16_000)[0]
     y = np.pad(y, (0, max(0, 1024 - len(y))))
-    e = librosa.onset.onset_strength(y=y, sr=16_000, hop_length=320, n_fft=1024, n_mels=64, aggregate=np.median)
+    e = librosa.onset.onset_strength(y=y, sr=16_000, hop_length=320, n_fft=1024, n_mels=64,
+                                     aggregate=np.median)
     return np.arange(len(e))*.02 - LATENCY, e
 
 def beats_of_backing(
@@ -97,8 +105,11 @@ def beats_of_backing(
     "Track the beats."
     _, e = onset_curve(x)
     if not e.any(): return np.zeros(0)
-    return librosa.beat.beat_track(onset_envelope=e, sr=16_000, hop_length=320, start_bpm=bpm, units='time', trim=False)[1] - LATENCY
+    _, beats = librosa.beat.beat_track(onset_envelope=e, sr=16_000, hop_length=320, start_bpm=bpm,
+                                       units='time', trim=False)
+    return beats - LATENCY
 
+# %% ../../nbs/12j_transcription.ipynb #8c2661e0
 def swing_of(
     x:np.ndarray, # backing (1,N), 32 kHz
     beats, # (n,) seconds
@@ -141,7 +152,8 @@ def half_bars(
     from scipy.ndimage import median_filter
     C = semitones(x, tuning)
     t, end = np.arange(C.shape[1])*HOP/16_000, x.shape[1]/SAMPLE_RATE
-    if starts is None: starts = np.asarray(beats, float)[::2] if len(beats) > 1 else np.arange(0, end, 1.)
+    if starts is None:
+        starts = np.asarray(beats, float)[::2] if len(beats) > 1 else np.arange(0, end, 1.)
     starts = np.asarray(starts, float)
     edges = np.r_[starts[starts < end], end]
     if len(edges) < 2: edges = np.r_[0., end]
@@ -155,7 +167,7 @@ def half_bars(
     return edges, H, B, index
 
 # %% ../../nbs/12j_transcription.ipynb #b5d14df8
-ESTIMATED = 'maj7', '6', '7', 'm7', 'm6', 'm7b5', 'dim7' # qualities that are told apart; others have nearly the tones of one of these
+ESTIMATED = 'maj7', '6', '7', 'm7', 'm6', 'm7b5', 'dim7' # others have nearly the tones of one
 
 def chord_templates()->tuple: # labels [(root, quality)], harmony (n,12), bass (n,12)
     "What each chord looks like."
@@ -168,6 +180,7 @@ def chord_templates()->tuple: # labels [(root, quality)], harmony (n,12), bass (
         B[i, r], B[i, (r + 7) % 12] = 1, .3
     return labels, H, B
 
+# %% ../../nbs/12j_transcription.ipynb #bf3e5903
 def likeliest(
     score:np.ndarray, # (n chords, T half bars)
     change:float=1.5, # what another chord costs
@@ -182,6 +195,7 @@ def likeliest(
     for b in back[::-1]: path.append(int(b[path[-1]]))
     return path[::-1]
 
+# %% ../../nbs/12j_transcription.ipynb #f9188e1e
 def read_chords(
     edges, # (n+1,) seconds
     H, # harmony (12,n)
@@ -214,16 +228,19 @@ def crop_truth(
 )->dict: # chords, beats, bars, half_bars (s within the clip), swing, tuning (cents)
     "What is known about a clip."
     chords = [c if isinstance(c, dict) else c._asdict() for c in truth['chords']]
-    chords = [dict(scale=c['tones']) | c for c in chords]                        # without a scale, the chord's own notes
-    chords = [c | dict(start=c['start'] - start, end=c['end'] - start) for c in chords if c['end'] > start and c['start'] < start + seconds]
-    b = np.asarray(truth['beats'], float) - start
-    bars = np.asarray(truth['downbeats'], float) - start if len(truth.get('downbeats', ())) else b[::4]
-    halves = np.union1d(bars, [c['start'] for c in chords]) if truth.get('meter') == '3/4' else b[::2]
+    chords = [dict(scale=c['tones']) | c for c in chords]      # without a scale, the chord's notes
+    chords = [c | dict(start=c['start'] - start, end=c['end'] - start) for c in chords
+              if c['end'] > start and c['start'] < start + seconds]
+    b, downbeats = np.asarray(truth['beats'], float) - start, truth.get('downbeats', ())
+    bars = np.asarray(downbeats, float) - start if len(downbeats) else b[::4]
+    halves = b[::2]
+    if truth.get('meter') == '3/4': halves = np.union1d(bars, [c['start'] for c in chords])
     inside = lambda t: t[(t >= -1e-6) & (t < seconds)]
-    half = np.r_[halves[halves < 0][-1:]*0, inside(halves)]                      # the clip may begin within a half bar: it goes on from 0
-    return dict(chords=chords, beats=inside(b), bars=inside(bars), half_bars=half, swing=float(truth.get('swing', .5)),
-                tuning=float(truth.get('tuning', 0.)))
+    half = np.r_[halves[halves < 0][-1:]*0, inside(halves)]   # one that began before starts at 0
+    return dict(chords=chords, beats=inside(b), bars=inside(bars), half_bars=half,
+                swing=float(truth.get('swing', .5)), tuning=float(truth.get('tuning', 0.)))
 
+# %% ../../nbs/12j_transcription.ipynb #e05c39d5
 def describe_backing(
     x:np.ndarray, # (1,N), 32 kHz
     truth:dict=None, # truth.json of the recording; estimated when absent
@@ -234,20 +251,23 @@ def describe_backing(
     known = crop_truth(truth, start, seconds) if truth else {}
     beats = known['beats'] if truth else beats_of_backing(x)
     edges, H, B, index = half_bars(x, beats, known.get('half_bars'), known.get('tuning', 0.))
-    if not truth: known = dict(chords=read_chords(edges, H, B), beats=beats, bars=beats[::4], half_bars=edges[:-1],
-                               swing=swing_of(x, beats), tuning=0.)
+    if not truth:
+        known = dict(chords=read_chords(edges, H, B), beats=beats, bars=beats[::4],
+                     half_bars=edges[:-1], swing=swing_of(x, beats), tuning=0.)
     return known | dict(seconds=seconds, chroma=H[:, index], estimated=not truth)
 
 # %% ../../nbs/12j_transcription.ipynb #18c6dd57
-def _plays(truth): # whether a truth.json says of chords and beats what pictures and measures can use
+def _plays(truth): # whether pictures and measures can use a truth.json
     def number(v, low=-math.inf): return isinstance(v, (int, float)) and low < v < 1e9
     def notes(v): return isinstance(v, list) and all(isinstance(t, int) and 0 <= t < 12 for t in v)
     def times(v): return isinstance(v, list) and all(map(number, v)) and v == sorted(v)
-    def chord(c): return (isinstance(c, dict) and number(c.get('start')) and number(c.get('end'), c['start'])
-                          and isinstance(c.get('name'), str) and notes(c.get('tones')) and notes(c.get('scale', [])))
+    def chord(c): return (
+        isinstance(c, dict) and number(c.get('start')) and number(c.get('end'), c['start'])
+        and isinstance(c.get('name'), str) and notes(c.get('tones')) and notes(c.get('scale', [])))
     return (isinstance(truth.get('chords'), list) and all(map(chord, truth['chords']))
             and times(truth.get('beats', [])) and times(list(truth.get('downbeats', [])))
-            and number(truth.get('bpm', 1), 0) and number(truth.get('swing', .5)) and number(truth.get('tuning', 0.)))
+            and number(truth.get('bpm', 1), 0) and number(truth.get('swing', .5))
+            and number(truth.get('tuning', 0.)))
 
 def read_truth(
     path, # a truth.json of the demo corpus, maybe

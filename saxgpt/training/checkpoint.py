@@ -38,7 +38,8 @@ def pack(
     if isinstance(state, dict):
         pairs = [[k, pack(v, tensors, f'{name}.{k}')] for k,v in state.items()]
         return {'pairs': pairs}
-    if isinstance(state, (list, tuple)): return [pack(v, tensors, f'{name}.{i}') for i,v in enumerate(state)]
+    if isinstance(state, (list, tuple)):
+        return [pack(v, tensors, f'{name}.{i}') for i,v in enumerate(state)]
     return state
 
 def unpack(
@@ -47,15 +48,26 @@ def unpack(
 ): # the state; tuples have become lists
     "Undo `pack`."
     if isinstance(packed, dict):
-        return tensors[packed['tensor']] if 'tensor' in packed else {k: unpack(v, tensors) for k,v in packed['pairs']}
+        if 'tensor' in packed: return tensors[packed['tensor']]
+        return {k: unpack(v, tensors) for k,v in packed['pairs']}
     return [unpack(v, tensors) for v in packed] if isinstance(packed, list) else packed
 
-# %% ../../nbs/07b_checkpoint.ipynb #ab8426a4
-def versions()->dict: return dict(saxgpt=__version__, torch=torch.__version__, python=platform.python_version())
+# %% ../../nbs/07b_checkpoint.ipynb #bfaddeab
+def versions()->dict:
+    "Versions of SaxGPT, torch and Python."
+    return dict(saxgpt=__version__, torch=torch.__version__, python=platform.python_version())
 
-def _seal(folder):
-    "Write the hashes of a folder's files."
-    (folder/'hashes.json').write_text(json.dumps({p.name: file_hash(p) for p in sorted(folder.iterdir())}, indent=1) + '\n')
+def _about(config, codec, step=0, metrics=None)->dict: # content of config.json
+    names = {k: codec[k] for k in ('codec_name', 'codec_hash')}
+    return dict(format=FORMAT, config=to_dict(config), **names, step=step, metrics=metrics or {},
+                versions=versions())
+
+def _kept_weights(model, dtype)->dict:
+    def kept(v): return v.detach().to('cpu', dtype if v.is_floating_point() else None).contiguous()
+    return {k: kept(v) for k,v in model.state_dict().items()}
+
+# %% ../../nbs/07b_checkpoint.ipynb #ab8426a4
+def _write_json(file, value): file.write_text(json.dumps(value, indent=1) + '\n')
 
 def save_checkpoint(
     folder, # to make or to replace
@@ -64,50 +76,57 @@ def save_checkpoint(
     codec:dict, # codec_name and codec_hash of the codes it was trained on
     trainer_state:dict=None, # nested state; None for weights only
     dtype:torch.dtype=None, # of the kept weights; None keeps theirs
-    step:int=0, # steps taken
-    metrics:dict=None, # losses to remember
     backings:dict=None, # from `describe_backings`
+    **about, # step: steps taken; metrics: losses to remember
 ):
     "Save a checkpoint, whole or not at all."
-    about = dict(format=FORMAT, config=to_dict(config), codec_name=codec['codec_name'], codec_hash=codec['codec_hash'],
-                 step=step, metrics=metrics or {}, versions=versions())
-    weights = {k: v.detach().to('cpu', dtype if v.is_floating_point() else None).contiguous() for k,v in model.state_dict().items()}
+    about, weights = _about(config, codec, **about), _kept_weights(model, dtype)
     with atomic_dir(folder) as tmp:
         write_tensors(tmp/'model.safetensors', weights)
-        (tmp/'config.json').write_text(json.dumps(about, indent=1) + '\n')
+        _write_json(tmp/'config.json', about)
         if backings: (tmp/'backings.json').write_text(json.dumps(backings) + '\n')
         if trainer_state is not None:
             tensors = {}
             (tmp/'trainer.json').write_text(json.dumps(pack(trainer_state, tensors)))
             write_tensors(tmp/'trainer.safetensors', tensors)
-        _seal(tmp)
+        _write_json(tmp/'hashes.json', {p.name: file_hash(p) for p in sorted(tmp.iterdir())})
 
 # %% ../../nbs/07b_checkpoint.ipynb #3be922ee
+def _checked(folder)->dict: # content of its config.json
+    if not (folder/'hashes.json').is_file(): raise FileNotFoundError(2, 'missing', 'hashes.json')
+    hashes = json.loads((folder/'hashes.json').read_text())
+    if not isinstance(hashes, dict) or any(Path(name).name != name for name in hashes):
+        raise ValueError
+    for name in dict.fromkeys(['model.safetensors', 'config.json', *hashes]):
+        if not (folder/name).is_file(): raise FileNotFoundError(2, 'missing', name)
+        if file_hash(folder/name) != hashes.get(name): raise CheckpointError(
+            f'{folder}: {name} is not what was saved; '
+            'the checkpoint is torn or was changed, use another one')
+    about = json.loads((folder/'config.json').read_text())
+    kinds = dict(format=int, config=dict, step=int, codec_name=str, codec_hash=str)
+    if not all(isinstance(about[k], t) for k,t in kinds.items()): raise ValueError
+    return about
+
+# %% ../../nbs/07b_checkpoint.ipynb #dd95648e
 def verify(
     folder, # a checkpoint
 )->dict: # content of its config.json
     "Check a checkpoint against its hashes."
     folder = Path(folder)
-    if not folder.is_dir(): raise CheckpointError(f'{folder}: there is no such checkpoint folder')
-    try:
-        if not (folder/'hashes.json').is_file(): raise FileNotFoundError(2, 'missing', 'hashes.json')
-        hashes = json.loads((folder/'hashes.json').read_text())
-        if not isinstance(hashes, dict) or any(Path(name).name != name for name in hashes): raise ValueError
-        for name in dict.fromkeys(['model.safetensors', 'config.json', *hashes]):
-            if not (folder/name).is_file(): raise FileNotFoundError(2, 'missing', name)
-            if file_hash(folder/name) != hashes.get(name):
-                raise CheckpointError(f'{folder}: {name} is not what was saved; the checkpoint is torn or was changed, use another one')
-        about = json.loads((folder/'config.json').read_text())
-        kinds = dict(format=int, config=dict, step=int, codec_name=str, codec_hash=str)
-        if not all(isinstance(about[k], t) for k,t in kinds.items()): raise ValueError
-    except FileNotFoundError as e:
-        raise CheckpointError(f'{folder}: {Path(e.filename).name} is missing; this is not a whole checkpoint') from None
+    if not folder.is_dir():
+        raise CheckpointError(f'{folder}: there is no such checkpoint folder')
+    try: about = _checked(folder)
     except CheckpointError: raise
-    except OSError as e: raise CheckpointError(f'{folder}: cannot be read ({e.strerror or reason(e)})') from None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise CheckpointError(f'{folder}: its JSON files cannot be read; the checkpoint is torn, use another one') from None
-    if about['format'] > FORMAT:
-        raise CheckpointError(f'{folder}: format {about["format"]} is newer than this SaxGPT knows ({FORMAT}); update SaxGPT')
+    except FileNotFoundError as e: raise CheckpointError(
+        f'{folder}: {Path(e.filename).name} is missing; this is not a whole checkpoint') from None
+    except OSError as e: raise CheckpointError(
+        f'{folder}: cannot be read ({e.strerror or reason(e)})') from None
+    except (ValueError, TypeError, KeyError, RecursionError): raise CheckpointError(
+        f'{folder}: its JSON files cannot be read; '
+        'the checkpoint is torn, use another one') from None
+    if about['format'] > FORMAT: raise CheckpointError(
+        f'{folder}: format {about["format"]} is newer than this SaxGPT knows ({FORMAT}); '
+        'update SaxGPT')
     return about
 
 # %% ../../nbs/07b_checkpoint.ipynb #b1c0de32
@@ -130,8 +149,10 @@ def frame(
             and held.get('embed.table.weight') == (cfg.num_codebooks*cfg.vocab_size, cfg.d_model)):
         with unfilled(): model = SaxGPT(cfg)
         if {k: tuple(v.shape) for k, v in model.state_dict().items()} == held: return model
-    raise CheckpointError(f'{folder}: its weights do not fit its config.json; use another checkpoint')
+    raise CheckpointError(
+        f'{folder}: its weights do not fit its config.json; use another checkpoint')
 
+# %% ../../nbs/07b_checkpoint.ipynb #777d138a
 def load_weights(
     model:nn.Module, # filled in place
     folder, # a verified checkpoint
@@ -144,7 +165,8 @@ def load_weights(
         model.load_state_dict(weights, assign=next(model.parameters()).is_meta)
     except ValueError as e: raise CheckpointError(str(e)) from None
     except RuntimeError as e:
-        raise CheckpointError(f'{folder}: its weights do not fit this model; {str(e).splitlines()[1].strip()}') from None
+        line = str(e).splitlines()[1].strip()
+        raise CheckpointError(f'{folder}: its weights do not fit this model; {line}') from None
 
 # %% ../../nbs/07b_checkpoint.ipynb #c7ecdb19
 def load_trainer_state(
@@ -153,8 +175,10 @@ def load_trainer_state(
     "The rest of a training run."
     folder = Path(folder)
     if not (folder/'trainer.json').exists():
-        raise CheckpointError(f'{folder}: holds weights only; training goes on from `last` or `step-N`')
-    return unpack(json.loads((folder/'trainer.json').read_text()), read_tensors(folder/'trainer.safetensors')[0])
+        raise CheckpointError(
+            f'{folder}: holds weights only; training goes on from `last` or `step-N`')
+    tensors, _ = read_tensors(folder/'trainer.safetensors')
+    return unpack(json.loads((folder/'trainer.json').read_text()), tensors)
 
 # %% ../../nbs/07b_checkpoint.ipynb #3ef5f2d5
 def read_backings(
@@ -165,10 +189,12 @@ def read_backings(
     try:
         d = json.loads((Path(folder)/'backings.json').read_text())
         counts = np.array(d['counts'], np.int64)
-        if counts.shape != (cardinality,) or counts.min() < 0 or not counts.any() or d['piece'] < 1: raise ValueError
+        if counts.shape != (cardinality,) or counts.min() < 0: raise ValueError
+        if not counts.any() or d['piece'] < 1: raise ValueError
         if not (0 <= d['mean'] <= 1 and 0 <= d['sd'] <= 1): raise ValueError
     except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
-        raise CheckpointError(f'{folder}: backings.json makes no sense; use another checkpoint') from None
+        raise CheckpointError(
+            f'{folder}: backings.json makes no sense; use another checkpoint') from None
     return d
 
 # %% ../../nbs/07b_checkpoint.ipynb #f9dfe98a
@@ -179,7 +205,7 @@ def link_checkpoint(
     "Give a checkpoint a second name without writing it again, where the disk can."
     with atomic_dir(folder) as tmp:
         for p in Path(source).iterdir():
-            if p.is_symlink(): continue      # none that we saved; what it leads to would be uploaded
+            if p.is_symlink(): continue    # not ours; what it leads to would be uploaded
             try: os.link(p, tmp/p.name)
             except OSError: shutil.copy2(p, tmp/p.name)
 

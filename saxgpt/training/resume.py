@@ -114,22 +114,6 @@ def state_dict(self:RunState)->dict:
                 best=best, worse=t.worse, val_data=self.val_data, plan=self.plan, total=t.total,
                 compiled=self.compiled, **{k: getattr(t, k) for k in KEPT}, **self.log.state_dict())
 
-# %% ../../nbs/07l_resume.ipynb #17262dbf
-@patch
-def load_state_dict(self:RunState, state:dict):
-    "Stand where another run stood, whose weights file has been loaded."
-    t = self.trainer
-    t.ema.reset()
-    if state['weights']: t.model.load_state_dict(current_names(state['weights']))
-    check_moments(t.optimizer, state['optimizer'])
-    for k in ('optimizer', 'schedule', 'scaler'): getattr(t, k).load_state_dict(state[k])
-    for k in KEPT: setattr(t, k, state[k])
-    t.best, t.worse = math.inf if state['best'] is None else state['best'], state.get('worse', 0)
-    self.compiled = state['compiled']
-    self.load_ranks(state)
-    self.load_data(state)
-    set_length(t, state['total'] if state['plan'] == self.plan else None)
-
 # %% ../../nbs/07l_resume.ipynb #22abb6ec
 @patch
 def load_ranks(self:RunState, state:dict):
@@ -157,6 +141,22 @@ def load_data(self:RunState, state:dict):
         t.best, t.schedule.best, t.worse = math.inf, math.inf, 0
         notify_once(t, 'the validation set has changed since the checkpoint: '
                        'what was best before does not count any more')
+
+# %% ../../nbs/07l_resume.ipynb #17262dbf
+@patch
+def load_state_dict(self:RunState, state:dict):
+    "Stand where another run stood, whose weights file has been loaded."
+    t = self.trainer
+    t.ema.reset()
+    if state['weights']: t.model.load_state_dict(current_names(state['weights']))
+    check_moments(t.optimizer, state['optimizer'])
+    for k in ('optimizer', 'schedule', 'scaler'): getattr(t, k).load_state_dict(state[k])
+    for k in KEPT: setattr(t, k, state[k])
+    t.best, t.worse = math.inf if state['best'] is None else state['best'], state.get('worse', 0)
+    self.compiled = state['compiled']
+    self.load_ranks(state)
+    self.load_data(state)
+    set_length(t, state['total'] if state['plan'] == self.plan else None)
 
 # %% ../../nbs/07l_resume.ipynb #f2be4f9b
 class Saver:
