@@ -19,9 +19,9 @@ from types import SimpleNamespace
 import librosa, numpy as np, soundfile as sf, soxr
 from fastcore.basics import patch
 
-from .containers import CHUNKS, FileSlice, Part, after_tags, begins, parts
-from .files import WriteError, atomic_path
-from .words import notify
+from .ops.containers import CHUNKS, FileSlice, Part, after_tags, begins, parts
+from .ops.files import WriteError, atomic_path
+from .ops.words import notify
 
 # %% ../nbs/11_audio.ipynb #17604ea5
 SAMPLE_RATE = 32_000 # Hz, of everything that becomes codes

@@ -12,7 +12,7 @@ from itertools import takewhile
 from types import FunctionType
 
 from . import __version__
-from .words import steady, tell
+from .ops.words import steady, tell
 
 # %% ../nbs/15_cli.ipynb #cf172ab5
 commands = dict(
@@ -83,7 +83,7 @@ def main(
     try: runpy.run_module(f'saxgpt.{name}', run_name='__main__', alter_sys=True)
     except KeyboardInterrupt: sys.exit(_fail('interrupted', 130))
     except Exception as e:
-        from saxgpt.packages import broken_import
+        from saxgpt.ops.packages import broken_import
         if (said := broken_import(e)) is None: raise
         sys.exit(_fail(said))
 

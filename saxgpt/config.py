@@ -22,10 +22,10 @@ import yaml
 from fastcore.script import anno_parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .files import expanded
-from .packages import broken_import
-from .remote import fetch, is_remote
-from .words import steady, tell
+from .ops.files import expanded
+from .ops.packages import broken_import
+from .ops.remote import fetch, is_remote
+from .ops.words import steady, tell
 
 # %% ../nbs/10_config.ipynb #88fe1b7f
 class ConfigError(ValueError):

@@ -13,8 +13,8 @@ import argparse, contextlib, io, json, os, shutil, sys, tempfile, time, warnings
 from functools import partial
 from pathlib import Path
 
-from .packages import MORE, broken_import, fits, installed, misfits, needs, pip, requirements
-from .words import steady
+from .ops.packages import MORE, broken_import, fits, installed, misfits, needs, pip, requirements
+from .ops.words import steady
 
 # %% ../nbs/15a_doctor.ipynb #432257db
 class Absent(Exception):
@@ -203,7 +203,7 @@ def cache_folders()->dict: # variable that moves it -> folder
     "Where libraries and SaxGPT keep what they have fetched or compiled."
     import getpass
     from huggingface_hub import constants
-    from saxgpt.remote import cache
+    from saxgpt.ops.remote import cache
     try: user = getpass.getuser()
     except (KeyError, OSError): user = os.getuid()         # a user without a name, in a container
     compiled = Path(tempfile.gettempdir())/f'torchinductor_{user}'

@@ -29,20 +29,20 @@ from .codec import load_codec
 from .codecs.base import check_codec
 from .config import ConfigError, DataConfig, RunConfig, command, device_name, load_config
 from .data.dataset import CodesDataset
-from .fad import EMBEDDERS, FadError, adherence, embed, fad, mismatched_pairs
-from .files import content_hash, file_hash, is_name, locked, output_path, printable
-from .files import read_jsonl, remove_leftovers, write_text
-from .fit import CORRUPTIONS, FIT, corrupt, fit_scores, logits_by_condition, partner, transpose
+from .evaluation.fad import EMBEDDERS, FadError, adherence, embed, fad, mismatched_pairs
+from .ops.files import content_hash, file_hash, is_name, locked, output_path, printable
+from .ops.files import read_jsonl, remove_leftovers, write_text
+from .evaluation.fit import CORRUPTIONS, FIT, corrupt, fit_scores, logits_by_condition, partner, transpose
 from .metrics import bootstrap, codebook_accuracy, consistency, first_divergence
 from .metrics import kl_divergence, sequence_accuracy, vocabulary
 from .music.transcription import describe_backing, describe_solo, read_truth
 from .model.decoding import Window, generate_codes, single_thread_if_small
 from .model.transformer import SaxGPT, next_step_loss
 from .patterns import delay
-from .report import report, summary
+from .evaluation.report import report, summary
 from .sampling import DEFAULT_SAMPLING, Sampler, check_settings, resolve_sampling
 from .pretrained import load_model
-from .words import bar, tell
+from .ops.words import bar, tell
 
 # %% ../nbs/09_evaluation.ipynb #990cf129
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Plan:
     draws: int = 1000             # of the bootstrap
     shown: int = 4                # examples in the report
     seed: int = 0                 # of the choice of windows and of the solos
-    embedders: tuple = ('codec',) # of `saxgpt.fad`
+    embedders: tuple = ('codec',) # of `saxgpt.evaluation.fad`
     solo: dict = field(default_factory=lambda: dict(PLAIN)) # how the judged solos are sampled
 
 PLAIN = dict(temperature=1., top_k=250, top_p=0., guidance=1.)

@@ -21,17 +21,17 @@ from .audio import (SAMPLE_RATE, AudioError, TempAudio, bounded, is_silent, larg
 from .codec import load_codec
 from .codecs.base import check_codec
 from .config import command, demo_backing
-from .files import output_path, printable, save_picture
+from .ops.files import output_path, printable, save_picture
 from .generation import LazyEncoder, generate
 from .metrics import code_counts, total_variation
 from .model.decoding import quantize_decoder
 from .music.plots import plot_solo
 from .music.transcription import read_truth
-from .packages import without_warnings
+from .ops.packages import without_warnings
 from .pretrained import load_model
 from .sampling import (DEFAULT_SAMPLING, DEFAULT_SAMPLING_NO_CFG, check_settings,
     resolve_sampling)
-from .words import bar, notify
+from .ops.words import bar, notify
 
 # %% ../nbs/08c_generate_command.ipynb #5efeb3be
 PIECES, FAR, STRANGE_GUIDANCE = 6, 2.2, 3.

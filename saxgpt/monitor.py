@@ -18,9 +18,9 @@ from fastcore.imports import in_notebook
 from fastcore.script import Param
 
 from .config import ConfigError, RunConfig, command, load_config
-from .files import atomic_path, json_lines, output_path
-from .packages import drawing, needs
-from .words import SafeStderr, lines, notify, tell
+from .ops.files import atomic_path, json_lines, output_path
+from .ops.packages import drawing, needs
+from .ops.words import SafeStderr, lines, notify, tell
 
 # %% ../nbs/07e_monitor.ipynb #2b78cec1
 def number(
@@ -105,7 +105,7 @@ def log_bytes(
 )->bytes: # empty if there is no such file
     "What a log holds."
     if '://' not in path: return Path(path).read_bytes() if os.path.isfile(path) else b''
-    from saxgpt.remote import RemoteMissing, read_text
+    from saxgpt.ops.remote import RemoteMissing, read_text
     try: return read_text(path).encode()
     except RemoteMissing: return b''
 

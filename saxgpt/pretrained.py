@@ -15,15 +15,15 @@ from fastcore.basics import patch
 
 from .codecs.base import check_codec
 from .config import RunConfig, command, parse, weights_dir
-from .files import output_path
+from .ops.files import output_path
 from .metrics import total_variation
 from .model.decoding import pack_decoder_weights
 from .model.transformer import SaxGPT
-from .remote import is_remote
+from .ops.remote import is_remote
 from .training.checkpoint import (CheckpointError, frame, load_weights, read_backings,
                                         save_checkpoint, verify)
 from .training.run_sync import fetch_checkpoint
-from .words import notify
+from .ops.words import notify
 
 # %% ../nbs/07j_pretrained.ipynb #4ddfb7b7
 HUB = 'hf://' # before USER/NAME, the name of a model on the Hugging Face hub

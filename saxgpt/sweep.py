@@ -16,9 +16,9 @@ from fastcore.script import Param
 from .config import ConfigError, RunConfig, command, device_name, load_config, parse, to_dict
 from .evaluate import Plan, Player, make_judge, make_plan, mean_ci, plain, play, player_key
 from .evaluate import resumable
-from .files import locked, output_path, write_text
+from .ops.files import locked, output_path, write_text
 from .pretrained import load_model
-from .words import bar
+from .ops.words import bar
 
 # %% ../nbs/09e_sweep.ipynb #ceb0ab8c
 def _setting(temperature, guidance, top_k=250, top_p=0., density=0.):

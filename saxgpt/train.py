@@ -14,7 +14,7 @@ from .config import ConfigError, RunConfig, command, load_config
 from .training.throughput import half_type, report_batch
 from .training.dist import PeerError, ProcessError, cluster, hard_exit, launch, pick_device
 from .training.run import train, window_steps
-from .words import tell
+from .ops.words import tell
 
 # %% ../nbs/07k_train.ipynb #81f25e14
 USAGE_ERRORS = [f'{k}Error' for k in 'Training Dataset Config Checkpoint Remote Write'.split()]

@@ -18,9 +18,9 @@ import yaml
 from fastcore.script import Param
 
 from .config import ConfigError, RunConfig, command, config_path, configs_dir, load_config, to_dict
-from .files import file_hash
-from .packages import needs
-from .remote import LOGIN, backoff, is_remote, list_names, put, retrying
+from .ops.files import file_hash
+from .ops.packages import needs
+from .ops.remote import LOGIN, backoff, is_remote, list_names, put, retrying
 
 # %% ../nbs/14_vertex.ipynb #6dbfd7a1
 @dataclass(frozen=True)

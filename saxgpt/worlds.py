@@ -20,8 +20,8 @@ from .codec import load_codec
 from .config import command, device_name
 from .demo import VERSION, compose, render, truth_of
 from .evaluate import ResultCache, mean_ci, plain, resumable
-from .files import locked, output_path, save_picture, write_text
-from .fit import fit_scores, partner, transpose
+from .ops.files import locked, output_path, save_picture, write_text
+from .evaluation.fit import fit_scores, partner, transpose
 from .generate import distance_to_corpus, notice_strange
 from .generation import encode_audio
 from .metrics import longest_silence
@@ -32,7 +32,7 @@ from .music.recording import KINDS
 from .music.world import make_pool
 from .sampling import resolve_sampling
 from .pretrained import load_model
-from .words import bar, tell
+from .ops.words import bar, tell
 
 # %% ../nbs/09f_worlds.ipynb #73fdaa3a
 HELD_BACK = dict( # use -> feels and bands that training never has

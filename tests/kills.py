@@ -301,7 +301,7 @@ def torchrun(n, *more): return ('-m', 'torch.distributed.run', f'--nproc_per_nod
 def toy_file(path, clips, seed, T=60):
     "Codes in which the solo can be known from the backing"
     import torch
-    from saxgpt.files import write_tensors
+    from saxgpt.ops.files import write_tensors
     g = torch.Generator().manual_seed(seed)
     backing = torch.randint(0, 16, (4, clips*T), generator=g)
     about = [dict(clip=f'c{i}', recording=f'r{seed}-{i}', augmentation='') for i in range(clips)]
@@ -360,7 +360,7 @@ def leftovers(out): return sorted(str(p.relative_to(out)) for p in Path(out).rgl
 
 def log_lines(out):
     "The last line for each kind and step of the log"
-    from saxgpt.files import read_jsonl
+    from saxgpt.ops.files import read_jsonl
     return {(l['split'], l['step']): {k: v for k, v in l.items() if k not in CLOCKS} for l in read_jsonl(Path(out)/'metrics.jsonl')
             if l['split'] in ('train', 'val')}
 

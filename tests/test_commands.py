@@ -21,7 +21,7 @@ from saxgpt.data.dataset import CodesDataset
 from saxgpt.data.download import find_recordings, ingest
 from saxgpt.data.splits import SPLITS, split_of
 from saxgpt.demo import demo_backing, make_corpus
-from saxgpt.files import read_jsonl, read_tensors
+from saxgpt.ops.files import read_jsonl, read_tensors
 from saxgpt.model.transformer import SaxGPT
 from saxgpt.pretrained import give_away, load_model
 

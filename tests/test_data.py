@@ -27,7 +27,7 @@ from saxgpt.codecs.bundled import MelCodec
 from saxgpt.config import DataConfig, load_config
 from saxgpt.data.dataset import CodesDataset
 from saxgpt.demo import make_corpus, tiny_demucs
-from saxgpt.files import read_jsonl
+from saxgpt.ops.files import read_jsonl
 from saxgpt.pipeline import STAGES, run_pipeline
 
 cold = dict(os.environ, OMP_NUM_THREADS='1')

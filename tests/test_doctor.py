@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fakes import fake_package
-from saxgpt.packages import installed
+from saxgpt.ops.packages import installed
 
 root = Path(__file__).resolve().parents[1]
 torch, torchaudio = installed('torch'), installed('torchaudio').split('+')[0]

@@ -24,9 +24,9 @@ from saxgpt.data.splits import split_of
 from saxgpt.demo import make_corpus
 from saxgpt.doctor import BROWSERS
 from saxgpt.evaluate import make_plan, mean_ci
-from saxgpt.fad import FadError, fad, library_points
-from saxgpt.files import read_jsonl, read_tensors, write_jsonl
-from saxgpt.fit import FIT
+from saxgpt.evaluation.fad import FadError, fad, library_points
+from saxgpt.ops.files import read_jsonl, read_tensors, write_jsonl
+from saxgpt.evaluation.fit import FIT
 from saxgpt.sweep import sweep
 from saxgpt.pretrained import give_away, load_model
 
@@ -195,7 +195,7 @@ def test_a_second_checkpoint_is_looked_at_first_and_the_shorter_one_sets_the_len
 
 def test_a_fault_of_the_cache_is_seen(data, whole):
     from saxgpt.evaluate import summary
-    from saxgpt.report import report
+    from saxgpt.evaluation.report import report
     wrong = json.loads(json.dumps(whole[1]))
     wrong['models'][0]['cache']['float32'] |= dict(consistency=.41, first_divergence=5)
     assert 'the cached decoding is wrong' in summary(wrong) and report(wrong, {}, []).count('class="bad"') == 2

@@ -24,8 +24,8 @@ modules = sorted(p for p in (root/'saxgpt').rglob('*.py') if p.name not in ('__i
 # Each room may import from the rooms before it; rooms of one line do not import one another unless listed in `inside`.
 # A module is named by itself where it stands lower than the rest of its room.
 layers = [
-    {'packages', 'words'},
-    {'config', 'files', 'remote', 'audio', 'containers', 'patterns', 'sampling', 'metrics'},
+    {'ops.packages', 'ops.words'},
+    {'config', 'ops', 'audio', 'patterns', 'sampling', 'metrics'},
     {'music', 'codecs', 'data.dataset'},
     {'codec', 'demo', 'data', 'model'},
     {'training.checkpoint', 'training.run_sync'},
@@ -33,12 +33,12 @@ layers = [
     {'training', 'monitor'},
     {'train', 'generation'},
     {'generate'},
-    {'fit', 'fad', 'report', 'evaluate', 'sweep', 'worlds'},
+    {'evaluation', 'evaluate', 'sweep', 'worlds'},
     {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
 ]
-inside = {('audio', 'files'), ('audio', 'containers'), ('remote', 'files'), ('config', 'remote'), ('config', 'files'), ('data', 'codec'), ('demo', 'codec'), ('demo', 'data'), ('music', 'music'), ('codecs', 'codecs'),
-          ('model', 'model'), ('training', 'training'), ('training.run_sync', 'training.checkpoint'), ('evaluate', 'fit'), ('evaluate', 'fad'), ('evaluate', 'report'), ('report', 'fit'), ('sweep', 'evaluate'),
-          ('worlds', 'evaluate'), ('worlds', 'fit')}
+inside = {('audio', 'ops'), ('ops', 'ops'), ('config', 'ops'), ('data', 'codec'), ('demo', 'codec'), ('demo', 'data'), ('music', 'music'), ('codecs', 'codecs'),
+          ('model', 'model'), ('training', 'training'), ('training.run_sync', 'training.checkpoint'), ('evaluate', 'evaluation'), ('evaluation', 'evaluation'), ('sweep', 'evaluate'),
+          ('worlds', 'evaluate'), ('worlds', 'evaluation')}
 
 
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']

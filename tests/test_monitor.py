@@ -10,7 +10,7 @@ import time
 import pytest
 
 from fakes import FakeGCS
-from saxgpt.files import append_jsonl
+from saxgpt.ops.files import append_jsonl
 from saxgpt.monitor import follow, live_widget, read_run, run_table, state
 
 
@@ -21,7 +21,7 @@ def env(): return {k: v for k, v in os.environ.items() if k not in ('DISPLAY', '
 WRITER = '''
 import sys, time
 from pathlib import Path
-from saxgpt.files import append_jsonl
+from saxgpt.ops.files import append_jsonl
 log = Path(sys.argv[1])/'metrics.jsonl'
 def say(split, step, **more): append_jsonl(log, dict(step=step, epoch=step/10, split=split, seconds=step*2., **more))
 def train(a, b):

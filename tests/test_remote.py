@@ -15,8 +15,8 @@ import pytest
 from fakes import FakeGCS
 from forks import warm
 from saxgpt import remote
-from saxgpt.files import atomic_dir, file_hash
-from saxgpt.remote import RemoteError, RemoteMissing, download, fetch, list_names, put, read_text, remove
+from saxgpt.ops.files import atomic_dir, file_hash
+from saxgpt.ops.remote import RemoteError, RemoteMissing, download, fetch, list_names, put, read_text, remove
 from saxgpt.training import run_sync
 from saxgpt.training.checkpoint import CheckpointError, verify
 from saxgpt.training.run_sync import RunSync, fetch_checkpoint, read_pointer, step_of
@@ -56,7 +56,7 @@ def wait_for(ready, seconds=60):
         time.sleep(.005)
 
 
-FETCH = 'import sys\nfrom saxgpt.remote import fetch\nprint(fetch(sys.argv[1]))'
+FETCH = 'import sys\nfrom saxgpt.ops.remote import fetch\nprint(fetch(sys.argv[1]))'
 
 
 @contextmanager
@@ -205,7 +205,7 @@ def test_processes_that_want_the_same_file_download_it_once(gcs, tmp_path):
 
 def test_a_forked_process_fetches_too(gcs, tmp_path):
     gcs.put('bucket', 'a', b'a')
-    code = ('import os, sys\nfrom saxgpt.remote import fetch\nfetch("gs://bucket/a")\npid = os.fork()\n'
+    code = ('import os, sys\nfrom saxgpt.ops.remote import fetch\nfetch("gs://bucket/a")\npid = os.fork()\n'
             'if not pid: print(fetch("gs://bucket/b").read_text(), flush=True); os._exit(0)\nos.waitpid(pid, 0)')
     gcs.put('bucket', 'b', b'hello')
     assert start(code, tmp_path).communicate(timeout=600) == ('hello\n', '')

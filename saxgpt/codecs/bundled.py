@@ -18,7 +18,7 @@ from .constant_q import PitchAnalysis, PitchSettings
 from .mel import (MelSettings, dequantize, griffin_lim, linear_spectra, log_mel_frames,
     mel_bands, quantize)
 from .spectra import MelInverter, load_spectra
-from ..files import (atomic_dir, content_hash, output_path, read_json, read_weights,
+from saxgpt.ops.files import (atomic_dir, content_hash, output_path, read_json, read_weights,
     write_tensors)
 
 # %% ../../nbs/04i_bundled_codec.ipynb #b1c0de02

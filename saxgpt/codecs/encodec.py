@@ -16,8 +16,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from .base import CHUNK, Codec, CodecError, check_lengths, chunk_frames, read_chunk
-from ..files import content_hash, read_json, read_weights, unfilled
-from ..packages import needs, without_warnings
+from ..ops.files import content_hash, read_json, read_weights, unfilled
+from ..ops.packages import needs, without_warnings
 
 # %% ../../nbs/04g_encodec.ipynb #e2558bb1
 def import_encodec()->tuple: # SEANetDecoder, SEANetEncoder, ResidualVectorQuantizer

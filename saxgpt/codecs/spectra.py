@@ -10,7 +10,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from ..files import unfilled
+from ..ops.files import unfilled
 
 # %% ../../nbs/04c_spectra.ipynb #4a1d8b6f
 class Block(nn.Module):

@@ -13,7 +13,7 @@ from pathlib import Path
 import librosa, numpy as np, soundfile as sf
 from ..audio import TempAudio, in_blocks, probe, resampled, write_stream
 from ..config import AugmentConfig, DataConfig
-from ..files import (atomic_dir, content_hash, map_parallel, prune, read_json, read_table,
+from ..ops.files import (atomic_dir, content_hash, map_parallel, prune, read_json, read_table,
                           reason, write_jsonl)
 
 # %% ../../nbs/03_augmentation.ipynb #f3c0acc6

@@ -16,7 +16,7 @@ from ..audio import SILENT, load_mono, probe
 from ..codec import load_codec
 from ..codecs.base import Codec
 from ..config import DataConfig
-from ..files import (is_name, map_parallel, read_json, read_manifest, read_table, read_tensors,
+from ..ops.files import (is_name, map_parallel, read_json, read_manifest, read_table, read_tensors,
                           reason, try_call, write_jsonl, write_tensors)
 
 # %% ../../nbs/04_tokenization.ipynb #270b2ae6

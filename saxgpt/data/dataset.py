@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from ..files import safe_imports
+from ..ops.files import safe_imports
 from ..patterns import delay
-from ..remote import fetch, is_remote
+from ..ops.remote import fetch, is_remote
 
 # %% ../../nbs/05_dataset.ipynb #b0a99ae6
 class DatasetError(ValueError):

@@ -17,11 +17,11 @@ from urllib.parse import unquote
 from fastcore.basics import patch
 from ..audio import AudioError, SILENT, is_recording, probe, same_sound
 from ..config import ConfigError, DataConfig, DownloadConfig
-from ..files import (FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash,
+from ..ops.files import (FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash,
                           map_parallel, printable, read_json, read_jsonl, reason, write_jsonl)
-from ..packages import needs
-from ..remote import retrying
-from ..words import bar
+from ..ops.packages import needs
+from ..ops.remote import retrying
+from ..ops.words import bar
 
 # %% ../../nbs/00_data_download.ipynb #db4938b3
 SOURCES = {'vocals', 'drums', 'bass', 'other', 'guitar', 'piano'} # what separators call their stems

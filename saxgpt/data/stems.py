@@ -20,10 +20,10 @@ from fastcore.basics import patch
 from ..audio import (SAMPLE_RATE, LoudnessMeter, TempAudio, in_blocks, loudness, resampled,
                           read_blocks, to_mono, write_stream)
 from ..config import ConfigError, DataConfig, DemucsConfig
-from ..files import (atomic_dir, content_hash, file_hash, is_name, map_parallel, read_json,
+from ..ops.files import (atomic_dir, content_hash, file_hash, is_name, map_parallel, read_json,
                           read_manifest, read_tensors, write_jsonl, write_tensors)
-from ..packages import needs
-from ..words import bar
+from ..ops.packages import needs
+from ..ops.words import bar
 
 # %% ../../nbs/01_stem_separation.ipynb #1aa109da
 def gain_to(

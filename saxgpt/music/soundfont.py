@@ -23,7 +23,7 @@ import numpy as np
 import soundfile
 
 from ..audio import SAMPLE_RATE
-from ..files import file_hash, printable
+from ..ops.files import file_hash, printable
 
 # %% ../../nbs/12i_soundfont.ipynb #155e4dd0
 class FontInfo(NamedTuple):

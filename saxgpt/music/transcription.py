@@ -14,9 +14,9 @@ from pathlib import Path
 import librosa, numpy as np
 
 from ..audio import SAMPLE_RATE, resample
-from ..files import read_json
+from ..ops.files import read_json
 from .theory import NAMES, QUALITIES
-from ..words import notify
+from ..ops.words import notify
 
 # %% ../../nbs/12j_transcription.ipynb #2b32f9ab
 def pitch_track(

@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import __version__
 from ..config import ModelConfig, RunConfig, to_dict
-from ..files import (atomic_dir, file_hash, read_tensors, read_weights, reason, tensor_shapes,
+from ..ops.files import (atomic_dir, file_hash, read_tensors, read_weights, reason, tensor_shapes,
                           unfilled, write_tensors)
 from ..model.transformer import SaxGPT
 

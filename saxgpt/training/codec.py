@@ -21,7 +21,7 @@ from ..codecs.bundled import MelCodec, PitchCodec, check_target
 from ..codecs.mel import MelSettings, nearest
 from ..config import command
 from ..codecs.constant_q import PitchAnalysis, PitchSettings
-from ..words import bar
+from ..ops.words import bar
 
 # %% ../../nbs/04b_codec_training.ipynb #04b0a002
 def _in_a_room(x, rng):

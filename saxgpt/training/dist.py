@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import (ChildFailedError,
                                                               get_error_handler, record)
 from torch.nn.parallel import DistributedDataParallel
 
-from ..words import SafeStderr
+from ..ops.words import SafeStderr
 
 # %% ../../nbs/07c_distributed.ipynb #bc6715a4
 @dataclass(frozen=True)

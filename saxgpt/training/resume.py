@@ -15,14 +15,14 @@ from fastcore.basics import patch
 
 from ..codec import load_codec
 from ..config import RunConfig, parse, to_dict
-from ..files import reason, replace_dir
+from ..ops.files import reason, replace_dir
 from ..pretrained import find_checkpoint
 from .checkpoint import (CheckpointError, current_names, link_checkpoint,
                                         load_trainer_state, load_weights, save_checkpoint, verify)
 from .conditioning import init_embeddings_from_codec
 from .dist import barrier, broadcast, gather
 from .loop import Trainer
-from ..words import notify
+from ..ops.words import notify
 
 # %% ../../nbs/07l_resume.ipynb #b13752de
 class TrainingError(ValueError):

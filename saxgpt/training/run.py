@@ -17,9 +17,9 @@ from torch.utils.data import default_collate
 
 from ..config import RunConfig
 from ..data.dataset import CodesDataset, DatasetError, ResumableSampler, make_loader
-from ..files import (append_jsonl, locked, open_own, output_path, reason, remove_leftovers,
+from ..ops.files import (append_jsonl, locked, open_own, output_path, reason, remove_leftovers,
                           write_tensors)
-from ..remote import RemoteError, put
+from ..ops.remote import RemoteError, put
 from .checkpoint import save_checkpoint
 from .conditioning import context_dropout_rate, scheduled_sampling_rate
 from .dist import World, gather, joined, total
@@ -28,7 +28,7 @@ from .resume import Resume, RunState, Saver, TrainingError, notify_once, why
 from .run_sync import RunSync
 from .throughput import (compile_gain, has_bf16, keep_freed_memory, memory_gb,
                                         peak_flops, window_flops)
-from ..words import SafeStderr, bar
+from ..ops.words import SafeStderr, bar
 
 # %% ../../nbs/07d_run.ipynb #10327090
 def check_data(

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..files import atomic_dir, content_hash, file_hash, is_name, locked, reason
-from ..remote import (RemoteError, RemoteMissing, cache, download, is_remote, list_names, put,
+from ..ops.files import atomic_dir, content_hash, file_hash, is_name, locked, reason
+from ..ops.remote import (RemoteError, RemoteMissing, cache, download, is_remote, list_names, put,
                            read_text, remove)
 from .checkpoint import CheckpointError, link_checkpoint, verify
-from ..words import notify
+from ..ops.words import notify
 
 # %% ../../nbs/07g_run_sync.ipynb #e2ed466a
 AT = re.compile(r'at-(\d+)-[0-9a-f]{16}')

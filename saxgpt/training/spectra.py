@@ -17,11 +17,11 @@ from ..codecs.base import CodecError
 from ..codecs.bundled import MelCodec
 from ..codecs.mel import dequantize, magnitudes, quantize
 from ..config import command
-from ..files import content_hash, output_path, read_tensors, write_tensors
+from ..ops.files import content_hash, output_path, read_tensors, write_tensors
 from ..codecs.spectra import MelInverter, load_spectra
 from .throughput import has_bf16
 from .codec import corpus_wavs, held_out_figures, varied
-from ..words import bar
+from ..ops.words import bar
 
 # %% ../../nbs/04d_spectra_training.ipynb #c6f0cd4a
 def excerpt(

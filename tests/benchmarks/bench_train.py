@@ -54,7 +54,7 @@ from torch.utils.data import DataLoader  # noqa: E402
 
 from saxgpt.config import RunConfig, load_config  # noqa: E402
 from saxgpt.data.dataset import CodesDataset, make_loader  # noqa: E402
-from saxgpt.files import read_jsonl  # noqa: E402
+from saxgpt.ops.files import read_jsonl  # noqa: E402
 from saxgpt.model.transformer import SaxGPT, next_step_loss  # noqa: E402
 from saxgpt.training.dist import World  # noqa: E402
 from saxgpt.training.run import TrainingRun  # noqa: E402
