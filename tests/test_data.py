@@ -36,7 +36,9 @@ env = cold | warm('saxgpt.pipeline', *(f'saxgpt.data.{s}' for s in ('download', 
 torch.set_num_threads(1)
 PATHS = dict(dl_dir='1_download', stems_dir='2_stems', metadata_path='3_metadata.csv', clips_dir='4_clips', aug_dir='5_aug_clips', codes_dir='6_codes',
              datasets_dir='7_datasets')
-FOLDER = dict(zip(STAGES, ('1_download', '2_stems', '4_clips', '5_aug_clips', '6_codes', '7_datasets')))
+# A new stage: its folder here, its settings in CHANGES, and switched on in `config`, since the kill test waits for every stage to write.
+FOLDER = dict(download='1_download', stems='2_stems', segments='4_clips', augment='5_aug_clips', codes='6_codes', dataset='7_datasets')
+assert tuple(FOLDER) == STAGES
 SPLITS = 'train', 'val', 'test'
 
 

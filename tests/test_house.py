@@ -34,7 +34,7 @@ layers = [
     {'train', 'generation'},
     {'generate'},
     {'evaluation', 'evaluate', 'sweep', 'worlds'},
-    {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
+    {'pipeline', 'vertex', 'doctor', 'cli'},
 ]
 inside = {('audio', 'ops'), ('ops', 'ops'), ('config', 'ops'), ('data', 'codec'), ('demo', 'codec'), ('demo', 'data'), ('music', 'music'), ('codecs', 'codecs'),
           ('model', 'model'), ('training', 'training'), ('training.run_sync', 'training.checkpoint'), ('evaluate', 'evaluation'), ('evaluation', 'evaluation'), ('sweep', 'evaluate'),

@@ -130,7 +130,7 @@ def test_a_widget_follows_the_run_and_stops(tmp_path):
 
 def test_a_log_in_a_bucket(monkeypatch, capsys):
     pytest.importorskip('gcsfs')
-    from saxgpt import remote
+    from saxgpt.ops import remote
     monkeypatch.setattr(remote, 'WAITS', (.01,))
     line = dict(split='train', loss=7., codebooks=[7.]*4, epoch=0, seconds=1)
     text = ''

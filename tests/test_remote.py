@@ -14,7 +14,7 @@ import pytest
 
 from fakes import FakeGCS
 from forks import warm
-from saxgpt import remote
+from saxgpt.ops import remote
 from saxgpt.ops.files import atomic_dir, file_hash
 from saxgpt.ops.remote import RemoteError, RemoteMissing, download, fetch, list_names, put, read_text, remove
 from saxgpt.training import run_sync

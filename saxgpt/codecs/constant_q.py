@@ -81,7 +81,7 @@ class PitchAnalysis(nn.Module):
 def pitches(self:PitchAnalysis,
     x:Tensor, # (640*T,) float64
 )->Tensor: # (T, P)
-    "Log amplitude of each pitch, seen from the middle of each frame."
+    "Log amplitude of each semitone band (A = 440 Hz), seen from the middle of each frame."
     T, half = len(x)//640, self.kernel0.shape[0]//2
     x = nn.functional.pad(x, (len(self.filter)//2, len(self.filter)//2))
     y = nn.functional.conv1d(x[None, None], self.filter[None, None], stride=4)[0, 0]    # (160*T,)

@@ -75,8 +75,10 @@ def gap(
 
 # %% ../../nbs/09c_fit.ipynb #4f5cf520
 FIT = dict( # of a solo: key -> name, chance (what unrelated music gets, about), what it sees, what it is blind to
-    note_in_chord=dict(name='notes in the chord', chance=1/3, sees='pitch against the chord', blind='delays within a chord, rhythm'),
-    note_in_scale=dict(name='notes in the scale', chance=.58, sees='pitch against key and chord', blind='chord against key, rhythm'),
+    note_in_chord=dict(name='notes in the chord', chance=1/3, sees='pitch against the chord',
+        blind='delays within a chord, rhythm, tuning up to half a semitone'),
+    note_in_scale=dict(name='notes in the scale', chance=.58, sees='pitch against key and chord',
+        blind='chord against key, rhythm, tuning up to half a semitone'),
     chroma=dict(name='chroma agreement', chance=0., sees='pitch against what is heard', blind='rhythm; weak for one solo'),
     onset_alignment=dict(name='onset alignment', chance=0., sees='onsets against the eighths',
         blind='pitch; a delay of whole beats, without swing of eighths'),

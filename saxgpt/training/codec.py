@@ -37,7 +37,7 @@ def varied(
     n:int, # samples wanted
     rng:np.random.Generator,
 )->np.ndarray: # (n,) float32
-    "The same music in another tuning, colour, room and loudness."
+    "The same music in another tuning, colour, room and loudness, to fit a codec on."
     ratio = 2**(rng.uniform(-.5, .5)/12)*(n - 1)
     x = np.interp(np.linspace(0, min(ratio, len(x) - 1), n), np.arange(len(x)), x)
     if rng.random() < .6:
