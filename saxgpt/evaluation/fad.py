@@ -71,7 +71,7 @@ def _process(embedder, folder, weights, patience): # runs `work`; raises a line
     try: r = subprocess.run(command, env=env, text=True, stdin=subprocess.DEVNULL,
                             capture_output=True, timeout=patience)
     except subprocess.TimeoutExpired: raise FadError(f'gave up after {patience:.0f} s') from None
-    broken = re.search(r'^saxgpt\.fad\.FadError: (.+)', r.stderr, re.M)
+    broken = re.search(r'^saxgpt\.evaluation\.fad\.FadError: (.+)', r.stderr, re.M)
     if broken: raise FadError(broken[1])
     if not r.returncode: return
     told = re.findall(r'throw an exception: (.+)', r.stdout)
