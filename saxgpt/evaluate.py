@@ -716,7 +716,7 @@ def main(
     "Say with numbers and sounds how good a checkpoint is: does it predict, sound, fit?"
     solo = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
     plan = make_plan(quick, windows=windows, samples=fad_samples, seconds=seconds, seed=seed,
-                     solo=solo, embedders=embedders and tuple(embedders.split(',')))
+                     solo=solo, embedders=tuple(embedders.split(',')) if embedders else None)
     out, cfg = Path(output_dir), load_config(RunConfig, config, overrides or ())
     with resumable(out/'items'):
         results = evaluate(cfg, checkpoint, out, plan, 'cuda' if cuda else 'cpu', against)

@@ -111,7 +111,7 @@ def cloud_config(
     unseen = 'is on this machine, where the job cannot see it'
     for key, path in data.items():
         if path is None or is_remote(path): continue
-        if key == 'test_path': data[key] = None                  # training does not read it
+        if key in ('test_path', 'made_by'): data[key] = None     # training does not read them
         elif plan: data[key] = plan[key][1]
         else: raise ConfigError(f'data.{key}: {path} {unseen}; '
                                 'add --upload-data, or give a gs:// path')

@@ -8,7 +8,9 @@ __all__ = ['MEASURES', 'paragraph', 'checkpoints', 'scores', 'fit_plot', 'fit_se
            'summary', 'listen_section', 'report']
 
 # %% ../../nbs/09d_report.ipynb #862fb742
-import json
+import json, re
+
+import numpy as np
 
 from .fit import FIT
 from saxgpt.evaluation.page import (SERIES, Measure, dots, embedded_player, esc, fact, grid, num,

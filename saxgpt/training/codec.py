@@ -232,6 +232,7 @@ def _first_codec(start, settings, entries):
 def fit_mel_codec(
     corpus, # folder of a demo corpus
     out, # folder of the codec
+    *,
     held_out=None, # another demo corpus to measure on
     start=None, # name or folder of a codec to begin with
     fit:FitSettings=FitSettings(),
@@ -300,6 +301,6 @@ def main(
         raise ValueError('--backings: give the codec that is to be completed as --start')
     fit = FitSettings(frames, seed=seed)
     if backings: codec = fit_pitch_codec(corpus, out, start, fit)
-    else: codec = fit_mel_codec(corpus, out, held_out, start, fit)
+    else: codec = fit_mel_codec(corpus, out, held_out=held_out, start=start, fit=fit)
     print(f'{out}: {codec.name} {codec.hash}')
     print(json.dumps(codec.card, indent=1))
