@@ -10,7 +10,7 @@ __all__ = ['PLAIN', 'LEAD_DB', 'VERSION', 'Tune', 'sketch', 'legato', 'compose_p
 # %% ../nbs/12_demo.ipynb #a0d2aff2
 import hashlib, io, json, math, os, sys
 from bisect import bisect_right
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 

@@ -20,7 +20,7 @@ from ..audio import SAMPLE_RATE
 from saxgpt.music.soundfont import (ATTENUATION, COARSE, CUTOFF, END, ENV_CUTOFF, ENV_PITCH, FINE,
     FIXED_KEY, KEYS, LFO_DELAY, LFO_PITCH, LFO_RATE, LOOP, LOOP_END, LOOPS, MOD_ENV, MODE, PAN,
     RESONANCE, ROOT, SAMPLE, SCALE, START, TREMOLO, UNTIL_RELEASE, VELOCITIES, VIB_DELAY, VIB_RATE,
-    VIBRATO, VOL_ENV, ByteCache, Font, generators_for, key_map, load_font, pitch_ratio,
+    VIBRATO, VOL_ENV, ByteCache, Font, generators_for, key_map, pitch_ratio,
     sounding_key, source)
 
 # %% ../../nbs/12b_synth.ipynb #9d5c918d

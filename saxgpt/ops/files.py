@@ -66,19 +66,22 @@ def _sync(path):
 
 # %% ../../nbs/10a_files.ipynb #5c34cd01
 @contextmanager
+def _temporary(path): # a path beside `path`, whose folder is made too; gone in the end
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path): temporary = _aside(path)
+    try: yield temporary
+    finally: shutil.rmtree(temporary.parent, ignore_errors=True)
+
+@contextmanager
 def atomic_path(
     path, # the file to make; its folder is made too
 ): # a temporary path to write to
     "Write a file so that it is whole or absent."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _writing(path): temporary = _aside(path)
-    try:
-        with _writing(path):
-            yield temporary
-            _sync(temporary)
-            os.replace(temporary, path)
-    finally: shutil.rmtree(temporary.parent, ignore_errors=True)
+    with _temporary(path) as temporary, _writing(path):
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
 
 # %% ../../nbs/10a_files.ipynb #dcca08ca
 def replace_dir(
@@ -103,15 +106,12 @@ def atomic_dir(
 ): # a temporary folder to fill
     "Fill a folder so that it is whole or absent."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _writing(path): temporary = _aside(path)
-    try:
+    with _temporary(path) as temporary:
         with _writing(path):
             temporary.mkdir()
             yield temporary
         for p in [*temporary.rglob('*'), temporary]: _sync(p)
         replace_dir(temporary, path)
-    finally: shutil.rmtree(temporary.parent, ignore_errors=True)
 
 # %% ../../nbs/10a_files.ipynb #dffea01f
 def expanded(
