@@ -34,6 +34,7 @@ layers = [
     {'pretrained'},
     {'training', 'monitor'},
     {'train', 'generation'},
+    {'takes'},
     {'generate'},
     {'evaluation', 'evaluate', 'sweep', 'worlds'},
     {'pipeline', 'vertex', 'doctor', 'cli'},
