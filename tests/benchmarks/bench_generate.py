@@ -1,7 +1,8 @@
 """How fast the model plays and learns, against peers measured in the same run: python tests/benchmarks/bench_generate.py
 
-Playing: steps a second at a context of 750 of 1,500 frames, after transformers' MusicgenForCausalLM with an EncoderDecoderCache (same width,
-depth, heads and memory), our own model without a cache, and the floor: the bytes that a step must read over the copy bandwidth of this machine.
+Playing: steps a second at a context of 750 of 1,500 `--frames`, two rows for each solo as guidance has them, after transformers' MusicgenForCausalLM
+with an EncoderDecoderCache (same width, depth, heads, memory and rows), our own model without a cache, and the floor: the bytes that a step must
+read over the copy bandwidth of this machine. `command` is a step of `saxgpt generate` with all that belongs to it: guidance, sampling, control.
 Learning: forward and backward against torch.nn.Transformer. Length: a step at several contexts. Medians of interleaved rounds.
 """
 import argparse
@@ -14,12 +15,14 @@ import warnings
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--sizes', nargs='+', default=['small', 'medium'])
 parser.add_argument('--batches', nargs='+', type=int, default=[1, 8])
+parser.add_argument('--frames', type=int, default=1500, help='of the tune; a step has half of them before it')
 parser.add_argument('--threads', type=int, default=min(2, os.cpu_count() or 1))
 parser.add_argument('--device', default='cpu')
 parser.add_argument('--rounds', type=int, default=7, help='of which the median is taken')
 parser.add_argument('--steps', type=int, default=16, help='in a round')
 parser.add_argument('--train-sizes', nargs='*', default=['xsmall', 'small'])
 parser.add_argument('--lengths', nargs='*', type=int, default=[500, 1500, 6000])
+parser.add_argument('--no-compile', action='store_true', help='leave out what is compiled first')
 parser.add_argument('--json', help='also write the numbers to this file')
 args = parser.parse_args()
 os.environ['OMP_NUM_THREADS'] = str(args.threads)
@@ -29,12 +32,13 @@ import torch  # noqa: E402  the number of threads comes first
 from torch import nn  # noqa: E402
 
 from saxgpt.config import ModelConfig, RunConfig, load_config  # noqa: E402
-from saxgpt.model.decoding import CompiledStep, GraphStep, Step, pack_decoder_weights, quantize_decoder  # noqa: E402
+from saxgpt.model.decoding import CompiledStep, GraphStep, Step, Window, pack_decoder_weights, quantize_decoder, single_thread_if_small  # noqa: E402
 from saxgpt.model.transformer import SaxGPT, next_step_loss  # noqa: E402
+from saxgpt.sampling import DEFAULT_SAMPLING, Sampler  # noqa: E402
 
 torch.set_num_threads(args.threads)
 torch.manual_seed(0)
-dev, FRAMES, AT = torch.device(args.device), 1500, 750
+dev, FRAMES, AT = torch.device(args.device), args.frames, args.frames//2
 gpu = dev.type == 'cuda'
 
 
@@ -66,15 +70,28 @@ def model_of(size, **kw):
 
 def stepper(model, B, frames=FRAMES, at=AT, steps=args.steps, kind=GraphStep if gpu else Step):
     "A function that plays some steps, and the bytes that one of them reads."
-    cache = model.start(model.encode(codes(B, 4, frames + 4)), frames + 4)
+    cache = model.init_cache(model.encode(codes(B, 4, frames + 4)), frames + 4)
     step, now = kind(model, cache, B), codes(B, 4)
 
     def run():
         for s in range(at, at + steps): step(now, s).argmax(-1)
     weights = sum(t.numel()*t.element_size() for part in (model.decoder, model.heads) for t in part.state_dict().values())
     weights -= sum(2*t.numel()*t.element_size()//3 for k, t in model.decoder.state_dict().items() if 'cross_attn.qkv' in k)  # of the memory's keys and values
-    own = sum((c.k[:, :, :at].numel() + c.v[:, :, :at].numel())*c.k.element_size() for c in cache.own)
-    return run, weights + own + sum(t.nbytes for kv in cache.cross for t in kv)
+    own = sum((c.k[:, :, :at].numel() + c.v[:, :, :at].numel())*c.k.element_size() for c in cache.self_kv)
+    return run, weights + own + sum(t.nbytes for kv in cache.cross_kv for t in kv)
+
+
+def commanded(model, n, steps=args.steps):
+    "A function that plays some steps of `n` solos as the command does."
+    s = DEFAULT_SAMPLING
+    sampler, gens = Sampler(s['temperature'], s['top_k'], s['top_p']), [torch.Generator(dev).manual_seed(i) for i in range(n)]
+    with single_thread_if_small(model):
+        window = Window(model, codes(1, 4, FRAMES), codes(n, 4, AT), lambda x: sampler(x, gens), s['guidance'])
+
+    def run():
+        window.at = AT + 1
+        with single_thread_if_small(model): window.frames(AT, AT + steps - 2)
+    return run
 
 
 def uncached(model, B, steps=2):
@@ -112,23 +129,26 @@ def bandwidth():
 
 
 @torch.inference_mode()
-def playing(out):
+def playing(out, keep):
     copy = bandwidth()
     print(f'\nplaying: steps a second (context {AT} of {FRAMES} frames; copy bandwidth {copy/1e9:.0f} GB/s)')
-    mine = ['ours', 'light', *([] if gpu else ['compiled', 'light compiled'])]
-    names = [*mine, 'no cache', 'transformers', *(['tr. compiled'] if gpu else []), 'floor']
-    print(f'{"size":8}{"batch":>6}' + ''.join(f'{n:>15}' for n in names) + f'   over transformers: {", ".join(mine)}')
+    mine = ['command', 'ours', 'light', *([] if gpu or args.no_compile else ['compiled', 'light compiled'])]
+    names = [*mine, 'no cache', 'transformers', *(['tr. compiled'] if gpu and not args.no_compile else []), 'floor']
+    print(f'{"size":8}{"solos":>6}' + ''.join(f'{n:>15}' for n in names) + f'   over transformers: {", ".join(mine)}')
     for size in args.sizes:
         model = model_of(size)
         for B in args.batches:
-            (ours, read), (less, _), (bare, n) = stepper(model, B), stepper(quantize_decoder(model), B), uncached(model, B)
-            runs = dict(ours=ours, light=less, transformers=musicgen(model.cfg, B))
-            if gpu: runs['tr. compiled'] = musicgen(model.cfg, B, compiled=True)
-            else: runs |= {n: stepper(m, B, kind=CompiledStep)[0] for n, m in (('compiled', model), ('light compiled', quantize_decoder(model)))}
+            rows, light = 2*B, quantize_decoder(model)
+            (ours, read), (less, _), (bare, n) = stepper(model, rows), stepper(light, rows), uncached(model, rows)
+            runs = dict(command=commanded(model, B), ours=ours, light=less, transformers=musicgen(model.cfg, rows))
+            if gpu and not args.no_compile: runs['tr. compiled'] = musicgen(model.cfg, rows, compiled=True)
+            elif not args.no_compile:
+                runs |= {n: stepper(m, rows, kind=CompiledStep)[0] for n, m in (('compiled', model), ('light compiled', light))}
             per = {k: args.steps/t for k, t in medians(runs).items()} | {'no cache': n/medians({'': bare}, 3)[''], 'floor': copy/read}
             print(f'{size:8}{B:6}' + ''.join(f'{per[n]:15.0f}' for n in names)
                   + '   ' + ' '.join(f'{per[n]/per["transformers"]:.2f}x' for n in mine), flush=True)
             out[f'{size} x {B}'] = per
+            keep()
 
 
 def learning(out):
@@ -175,8 +195,11 @@ def length(out):
 if __name__ == '__main__':
     print(f'{args.device}, {args.threads} threads, torch {torch.__version__}')
     numbers = dict(playing={}, learning={}, length={}, threads=args.threads, device=args.device)
-    playing(numbers['playing'])
+
+    def keep():
+        if not args.json: return
+        with open(args.json, 'w') as f: json.dump(numbers, f, indent=1)
+    playing(numbers['playing'], keep)
     if args.train_sizes: learning(numbers['learning'])
     if args.lengths: length(numbers['length'])
-    if args.json:
-        with open(args.json, 'w') as f: json.dump(numbers, f, indent=1)
+    keep()
