@@ -249,10 +249,10 @@ def test_a_solo_begins_without_slow_imports():
     code = '''
 import sys, torch
 before = {*sys.modules}
-from saxgpt.generate import load_codec, load_model, read_backing
+from saxgpt.generate import band_tuning, load_codec, load_model, read_backing
 from saxgpt.generation import stream
-model, about = load_model()
-next(stream(model, load_codec(about["codec_name"]), read_backing("demo", 1)[1], seconds=.1))
+(model, about), x = load_model(), read_backing("demo", 2)[1]
+next(stream(model, load_codec(about["codec_name"]), x, seconds=.1, tuning=30 + band_tuning(x, {})))
 print(*{*sys.modules} - before)'''
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr

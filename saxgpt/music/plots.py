@@ -37,10 +37,12 @@ def plot_solo(
     chords:list=(), # dicts with start, end (s), name, tones (pitch classes); empty if not known
     title:str='', # Above everything
     fig=None, # A matplotlib figure to draw into; None makes one that a notebook shows
+    tuning:float=0., # Of the band, cents above 440 Hz: rows are its semitones
 ): # The figure
     "The line over its chords, and the spectrograms of solo and backing."
     if fig is None: import matplotlib.pyplot as plt
     until, (times, midi) = solo.shape[1]/SAMPLE_RATE, pitch_track(solo)
+    midi = midi - tuning/100
     heard = midi[np.isfinite(midi)]
     lo, hi = (int(f(np.percentile(heard, p))) + d for f, p, d in ((np.floor, 1, -3), (np.ceil, 99, 4))) if len(heard) else (48, 84)
     fig = fig or plt.figure()
