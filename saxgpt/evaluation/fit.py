@@ -14,7 +14,8 @@ from ..data.dataset import CodesDataset
 from ..metrics import bootstrap
 from ..model.transformer import Memory, SaxGPT, next_step_loss
 from ..music.scores import (activity_f1, beat_chance, beat_f1, beat_window, chord_tone_share,
-    chroma_agreement, grooving_similarity, implied_beats, onset_phase, pitch_class_entropy)
+    chroma_agreement, grooving_similarity, implied_beats, onset_phase, pitch_class_entropy,
+    pitch_class_weights)
 from ..music.theory import NAMES
 from ..music.transcription import HOP, describe_backing, describe_solo
 
@@ -89,12 +90,6 @@ FIT = dict( # of a solo: key -> name, chance (what unrelated music gets, about),
 
 def _known(v): return 0. if np.isnan(v) else float(v)
 
-def _pitch_classes(midi): # (N,) -> (12,N): a pitch between two keys belongs to both in part
-    out, v = np.zeros((12, len(midi))), np.flatnonzero(np.isfinite(midi))
-    key = np.floor(midi[v]).astype(int)
-    out[key % 12, v], out[(key + 1) % 12, v] = 1 - (midi[v] - key), midi[v] - key
-    return out
-
 # %% ../../nbs/09c_fit.ipynb #42df0702
 def fit_scores(
     solo, # (1,N) at 32 kHz, or from `describe_solo`
@@ -113,7 +108,7 @@ def fit_scores(
     column = np.minimum((times*16_000/HOP).round().astype(int), b['chroma'].shape[1] - 1)
     return dict(note_in_chord=_known(chord_tone_share(times, midi, b['chords'])),
         note_in_scale=_known(chord_tone_share(times, midi, b['chords'], 'scale')),
-        chroma=chroma_agreement(_pitch_classes(midi), b['chroma'][:, column]),
+        chroma=chroma_agreement(pitch_class_weights(midi), b['chroma'][:, column]),
         onset_alignment=phase['alignment'], beat_f1=beat_f1(b['beats'], implied_beats(onsets, b['beats'], b['swing']),
                                                             beat_window(b['beats'])), beat_chance=beat_chance(b['beats']),
         activity_f1=activity_f1(s['active'], r['active']) if r else np.nan,
