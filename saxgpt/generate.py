@@ -33,6 +33,7 @@ from .pretrained import load_model
 from .sampling import (DEFAULT_SAMPLING, DEFAULT_SAMPLING_NO_CFG, check_settings,
     resolve_sampling)
 from .ops.words import bar, notify
+from .takes.best import keep_best
 
 # %% ../nbs/08c_generate_command.ipynb #5efeb3be
 PIECES, FAR, STRANGE_GUIDANCE = 6, 2.2, 3.
@@ -218,6 +219,8 @@ class FileOptions:
     light:bool = False # with the lighter copy of the model
     compiled:bool = False # with a compiled step, on a CPU
     progress:bool = True # show a bar
+    keep:int = None # write only so many of the solos, those that fit best; None: all
+    report:object = None # called with a table of all solos where the best are kept
 
 def check_request(out, mix, plot, seed:int, n:int, settings:dict)->tuple:
     "Paths, `FileOptions` and settings of the sampler, or `ValueError`."
@@ -225,7 +228,10 @@ def check_request(out, mix, plot, seed:int, n:int, settings:dict)->tuple:
     options = FileOptions(**{k: v for k, v in settings.items() if k in names})
     sampling = {k: v for k, v in settings.items() if k not in names}
     check_settings(**resolve_sampling(sampling))
-    paths, seconds = out_paths(out, mix, plot, n), options.seconds
+    keep, seconds = n if options.keep is None else options.keep, options.seconds
+    if n >= 1 and not 1 <= keep <= n: raise ValueError(
+        f'keep must be from 1 to n, which is {n}, not {keep}')
+    paths = out_paths(out, mix, plot, min(n, keep))
     if not 0 <= seed < 2**63 - n:
         raise ValueError(f'seed must be between 0 and 2**63, not {seed}')
     if seconds is not None and not 0 < seconds < math.inf:
@@ -280,7 +286,7 @@ def generate_file(
     src, x, truth, prompt, folder = read_inputs(backing, out, o)
     codec = matching_codec(o.codec, about, checkpoint, model.null.device)
     inputs = src, src.with_name('truth.json'), o.prompt, checkpoint, o.codec
-    named = [n == 1 and bool(p) for p in (out, mix, plot)]   # the others follow from `out`
+    named = [len(paths) == 1 and bool(p) for p in (out, mix, plot)]   # others follow from `out`
     paths = [[output_path(p, *inputs, named=k) for p, k in zip(row, named)] for row in paths]
     tuning = band_tuning(x, truth, o.tuning)
     known, truth = dict(tuning=tuning, folder=folder), truth | dict(tuning=tuning)
@@ -290,6 +296,9 @@ def generate_file(
     frames = math.ceil(x.shape[1]*2**(tuning/1200)/codec.hop)
     with steps_bar(frames, o.progress) as advance: solos = generate(
         model, codec, x, seeds, prompt, advance, compiled=o.compiled, **known, **settings)
+    if o.keep:
+        solos, seeds, table = keep_best(solos, x, truth, seeds, o.keep)
+        if o.report: o.report(table)
     return write_solos(paths, solos, x, truth, [f'{name}, seed {s}' for s in seeds])
 
 # %% ../nbs/08c_generate_command.ipynb #562b7ab5
@@ -344,6 +353,7 @@ def main(
     density:float=None, # how much is played, -1 (sparse) to 1 (busy); absent: 0, as in real solos
     seed:int=0, # the same seed plays the same solo
     n:int=1, # number of solos
+    keep:int=None, # write only so many of them, those that fit the backing best
     prompt:str=None, # audio file that the solo begins with and goes on from
     seconds:float=None, # at most so much of the backing; all of it when absent
     tuning:float=None, # of the band, cents above A = 440 Hz; estimated when absent
@@ -354,6 +364,6 @@ def main(
     "Play a saxophone solo over a backing track."
     t0, play = time.time(), dict(temperature=temperature, guidance=guidance, density=density)
     paths = generate_file(backing, output, mix, plot, checkpoint, seed, n, seconds=seconds,
-        codec=codec, prompt=prompt, tuning=tuning, light=light, compiled=compile, top_k=top_k,
-        top_p=top_p, **play)
+        keep=keep, report=print, codec=codec, prompt=prompt, tuning=tuning, light=light,
+        compiled=compile, top_k=top_k, top_p=top_p, **play)
     print_summary(paths, time.time() - t0, seed + n)

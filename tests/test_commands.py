@@ -68,6 +68,16 @@ def test_solo_depends_on_the_seed_alone(tmp_path):
     assert np.array_equal(a, b) and not np.array_equal(a, c) and np.abs(a).max() > .01
 
 
+def test_the_seed_of_a_kept_solo_plays_it_again(tmp_path):
+    def play(*args, name): return run('saxgpt.generate', 'demo', '--seconds', 2, '-o', tmp_path/f'{name}.wav', *args).stdout
+    lines = play('--n', 2, '--keep', 1, '--seed', 4, name='best').splitlines()
+    seeds = [l.split()[0] for l in lines[1:3]]
+    assert sorted(seeds) == ['4', '5'] and lines[1].endswith('kept') and not lines[2].endswith('kept'), lines
+    play('--seed', seeds[0], name='again')
+    assert (tmp_path/'best.wav').read_bytes() == (tmp_path/'again.wav').read_bytes()
+    assert not (tmp_path/'best-2.wav').exists()
+
+
 @pytest.mark.parametrize('make, says', [
     (lambda p: p.write_bytes(b''), 'empty'),
     (lambda p: p.write_text('this is not music'), 'audio'),
@@ -82,7 +92,7 @@ def test_bad_backing_is_one_line(tmp_path, make, says):
     assert not (tmp_path/'solo.wav').exists()
 
 
-@pytest.mark.parametrize('args', [('--temperature', '-1'), ('--top-p', '2'), ('--checkpoint', 'no/such/folder'), ('--n', '0')])
+@pytest.mark.parametrize('args', [('--temperature', '-1'), ('--top-p', '2'), ('--checkpoint', 'no/such/folder'), ('--n', '0'), ('--keep', '2'), ('--n', '2', '--keep', '0')])
 def test_bad_argument_is_one_line(tmp_path, args):
     r = run('saxgpt.generate', 'demo', '-o', tmp_path/'solo.wav', *args, ok=False)
     assert r.returncode == 2 and r.stderr.strip().count('\n') == 0, r.stderr
