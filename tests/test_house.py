@@ -31,7 +31,7 @@ layers = [
     {'music', 'codecs', 'data.dataset'},
     {'codec', 'demo', 'data', 'model'},
     {'training.checkpoint', 'training.run_sync'},
-    {'pretrained'},
+    {'pretrained', 'backing'},
     {'training', 'monitor'},
     {'train', 'generation'},
     {'takes'},
