@@ -27,7 +27,7 @@ from .generation import LazyEncoder, generate
 from .metrics import code_counts, total_variation
 from .model.decoding import quantize_decoder
 from .music.plots import plot_solo
-from .music.transcription import read_truth, tuning_of
+from .music.transcription import truth_beside, tuning_of
 from .ops.packages import without_warnings
 from .pretrained import load_model
 from .sampling import (DEFAULT_SAMPLING, DEFAULT_SAMPLING_NO_CFG, check_settings,
@@ -139,10 +139,10 @@ def read_backing(
     seconds:float=None, # at most so much of it
     folder=None, # where a long one waits, see `TempAudio`
 ) -> tuple: # path, sound (1, N) at 32 kHz, what is known about it (a dict, maybe empty)
-    "The sound of a backing and, for music of the demo corpus, its chords."
+    "The sound of a backing, and its chords where a file beside it tells them."
     path, truth = demo_backing() if str(backing) == 'demo' else (Path(backing), {})
     x = read_sound(path, seconds, folder)
-    if not truth and path.stem == 'backing': truth = read_truth(path.with_name('truth.json'))
+    if not truth: truth = truth_beside(path, x.shape[1]/SAMPLE_RATE, bool(seconds))
     return path, x, truth
 
 # %% ../nbs/08c_generate_command.ipynb #87e5b120
