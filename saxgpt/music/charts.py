@@ -101,18 +101,20 @@ def nearest_symbol(
     options = [r + q for r in roots for q in SPELLINGS]
     return next(iter(difflib.get_close_matches(upper[:24], options, 1, .3)), '')
 
-# %% ../../nbs/12m_charts.ipynb #5f7698c4
+# %% ../../nbs/12m_charts.ipynb #dc4617b1
+_SLOTS = '.', '/'
+
 def read_bar(
     words:list, # what stands between two bar lines
     beats:int, # in a bar
     before:tuple=(), # the bar before
 )->tuple: # of (symbol, beats)
     "The chords of one bar; `ValueError` says what is wrong."
-    if not before and words[0] in ('%', '.', '/'):
+    if not before and words[0] in ('%', *_SLOTS):
         raise ValueError(f'{words[0]} goes on with what is before, and nothing is')
     if words == ['%']: return before
-    words = [before[-1][0] if words[0] in './' else words[0], *words[1:]]
-    starts = [i for i, w in enumerate(words) if w not in './']
+    words = [before[-1][0] if words[0] in _SLOTS else words[0], *words[1:]]
+    starts = [i for i, w in enumerate(words) if w not in _SLOTS]
     symbols, slots = [_checked(words[i]) for i in starts], len(words)
     if slots > len(starts) and any(i*beats % slots for i in starts):
         raise ValueError(f'of {slots} slots, a chord is not on a beat; write {beats} slots')
@@ -328,7 +330,8 @@ def _chart(text): # a chart from its text
     time = head.pop('time', '4/4').replace(' ', '')
     parts = _sections((x for x in lines if isinstance(x[1], str)), beats_in(time))
     parts = [(name, section) for name, section in parts if section]
-    if form := head.pop('form', ''): parts = _played(parts, form)
+    form = head.pop('form', '')
+    if form and parts: parts = _played(parts, form)
     bars, sections = [], []
     for name, section in parts:
         limited(len(bars) + len(section))
@@ -446,12 +449,13 @@ def final_chord(
     "The chord on which the tune comes to rest: its root is the tonic."
     known = [read_symbol(s) for _, _, s in chart.spans() if s != NO_CHORD]
     if not known: raise ValueError('a chart of N.C. alone has no chord to end on')
-    first, last = known[0], known[-1]
-    if chart.key: root, minor = read_key(chart.key)
-    elif last.quality[0] not in '79' or last.root == first.root:
-        root, minor = last.root, is_minor(last)
-    else:
-        root = (last.root + 5) % 12
-        minor = is_minor(first) and first.root == root
-    at_rest = (c for c in (last, first) if c.root == c.bass == root and is_minor(c) == minor)
+    root, minor = _tonic(known) if not chart.key else read_key(chart.key)
+    at_rest = (c for c in known[-1:] + known if c.root == c.bass == root and is_minor(c) == minor)
     return next(at_rest, chord(NAMES[root] + ('m6' if minor else '6')))
+
+def _tonic(known): # root, whether it is minor, from the chords alone
+    last, root = known[-1], known[-1].root
+    if last.quality[0] in '79' and root != known[0].root:
+        goals = (root + 5) % 12, (root - 1) % 12
+        root = next((g for g in goals if g in [c.root for c in known]), goals[0])
+    return root, next((is_minor(c) for c in known[-1:] + known if c.root == root), False)
