@@ -304,7 +304,7 @@ def _plays(truth): # whether pictures and measures can use a truth.json
     return (isinstance(truth.get('chords'), list) and all(map(chord, truth['chords']))
             and times(truth.get('beats', [])) and times(truth.get('downbeats', []))
             and number(truth.get('bpm', 1), 0) and number(truth.get('swing', .5))
-            and number(truth.get('tuning', 0.)))
+            and number(truth.get('tuning', 0.), -1200) and truth.get('tuning', 0.) < 1200)
 
 def read_truth(
     path, # a truth.json of the demo corpus, maybe
