@@ -187,7 +187,7 @@ class Window:
         guidance:float=1., # weight of the backing
         last=None, # the window before, of the same length, whose cache is used again
         compiled:bool=False, # compile the step, on a CPU
-        **control, # of `watch`: control, start
+        **control, # of `watch`: control, start, steer
     ):
         self.sampler, self.guidance, self.backing = sampler, guidance, backing
         self.begin = self.at = P = lead.shape[2]
@@ -205,9 +205,10 @@ class Window:
 def watch(self:Window,
     control:SilenceControl=None, # whose weights take the place of `guidance`
     start:int=0, # frame of the tune where the stretch begins
+    steer=None, # as in `PlaySettings`
 ):
-    "Let `control` look at what is played."
-    self.control, self.start = control, start
+    "Let `control` look at what is played, and `steer` what comes next."
+    self.control, self.start, self.steer = control, start, steer
 
 @patch
 def look(self:Window,
@@ -256,6 +257,9 @@ def logits(self:Window, s:int)->Tensor: # (n, K, 2048)
         new = free + (control.guidance if control else self.guidance)*(cond - free)
     if control and control.bias is not None:
         new = torch.cat([new[:, :1] + control.bias[:, None], new[:, 1:]], 1)
+    if self.steer:
+        first = self.steer(new[:, 0], self.start + s, self.tokens[:, 0, s])
+        new = torch.cat([first[:, None], new[:, 1:]], 1)
     return new
 
 @patch
@@ -285,6 +289,7 @@ class PlaySettings:
     compiled:bool = False # compile the step, on a CPU
     codec:object = None # of the codes: silence is noticed, and ended; None: it is not
     density:float = None # how much is played, see `rest_bias`, with `codec`; None: rests as is
+    steer:object = None # first codebook: logits (n, 2048), frame, codes before (n,) to logits
 
     def check(self, K:int, B:int, n:int): # codebooks, backings, seeds
         "Raise `ValueError` where the settings cannot be played."
@@ -306,7 +311,8 @@ def _play_windows(model:SaxGPT, backing, lead:Tensor, draw, p:PlaySettings):
         known = lead[..., max(0, lead.shape[2] - (done - start)):]
         with single_thread_if_small(model):
             window = Window(model, backing[..., start:stop].to(dev), known, draw, p.guidance,
-                            window, p.compiled, control=control, start=start)
+                            window, p.compiled, control=control, start=start,
+                            steer=p.steer)
         while done < stop:
             to = min(stop, done + p.block)
             with single_thread_if_small(model): new = window.frames(done - start, to - start)
