@@ -128,6 +128,9 @@ weights: env
 	$(WIDER) training.output_dir=models/settled training.resume_from_checkpoint=models/wide/weights training.max_steps=800 \
 		training.context_dropout.start_rate=0.1
 	cp models/wide-codec/codec.json models/wide-codec/codec.safetensors saxgpt/weights/mel-rvq/
+	$(V)/saxgpt demo --out data/pitches --codes --minutes 24 --seed 901
+	$(V)/saxgpt demo --world wide --fonts $(FONTS) --out data/pitches --codes --minutes 48 --seed 902
+	$(V)/python -c 'from saxgpt.takes.changes import write_pitches; write_pitches("data/pitches")'
 	$(V)/python -m saxgpt.pretrained models/settled/checkpoints/last saxgpt/weights/bundled --dataset $(WIDE)/7_datasets/train.safetensors
 	$(V)/saxgpt sweep --config demo data.val_path=$(WIDE)/7_datasets/val.safetensors --checkpoint saxgpt/weights/bundled \
 		--output-dir out/sweep --n 24 && cp out/sweep/sweep.json saxgpt/weights/bundled/

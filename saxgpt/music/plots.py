@@ -19,15 +19,17 @@ def draw_chords(
     lo:int, # Lowest pitch shown
     hi:int, # Highest
     until:float, # Where the picture ends, s
+    estimated:bool=False, # Whether the chords are an estimate
 ):
     "Behind a line of pitches, the notes of every chord in every octave."
     shown = [c for c in chords if c['start'] < until]
+    root_color, tone_color = ('#c4c4c4', '#e3e3e3') if estimated else ('#9ecae1', '#d6e6f4')
     for i, c in enumerate(shown if len(shown) <= 10*until else ()):              # ten in a second are no chords
         a, b = c['start'], min(c['end'], until)
         ax.axvspan(a, b, color='#f3f3f3' if i % 2 else '#fafafa', lw=0, zorder=0)
         for m in (m for m in range(lo, hi) if m % 12 in c['tones']):
             root = m % 12 == c['tones'][0]
-            ax.fill_between([a, b], m-.5, m+.5, color='#9ecae1' if root else '#d6e6f4', lw=0, zorder=1)
+            ax.fill_between([a, b], m-.5, m+.5, color=root_color if root else tone_color, lw=0, zorder=1)
         ax.text((a+b)/2, hi + .6, c['name'], ha='center', va='bottom', parse_math=False, fontsize=7, rotation=90 if b-a < until/36 else 0)
 
 # %% ../../nbs/12k_plots.ipynb #9f7a1617
@@ -38,6 +40,7 @@ def plot_solo(
     title:str='', # Above everything
     fig=None, # A matplotlib figure to draw into; None makes one that a notebook shows
     tuning:float=0., # Of the band, cents above 440 Hz: rows are its semitones
+    estimated:bool=False, # Whether the chords are an estimate, which the picture says
 ): # The figure
     "The line over its chords, and the spectrograms of solo and backing."
     if fig is None: import matplotlib.pyplot as plt
@@ -49,13 +52,14 @@ def plot_solo(
     fig.set_size_inches(12, 8)
     fig.set_layout_engine('constrained')
     axs = fig.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1])
-    draw_chords(axs[0], chords, lo, hi, until)
+    draw_chords(axs[0], chords, lo, hi, until, estimated)
+    if estimated and chords: axs[0].set_title('chords estimated', loc='right', fontsize=8, style='italic', pad=22)
     line = np.where(np.abs(np.diff(midi, prepend=np.nan)) > .8, np.nan, midi)  # a new note is a new stroke
     axs[0].plot(times, line, color='#b8430f', lw=2.5, solid_capstyle='round', zorder=3)
     octaves = [m for m in range(lo, hi+1) if m % 12 in (0, 5, 7)]
     axs[0].set(ylim=(lo-.5, hi+.5), xlim=(0, until), ylabel='pitch', yticks=octaves,
                yticklabels=[librosa.midi_to_note(m, unicode=False) for m in octaves])
-    if chords and len(heard): title += f' ({chord_tone_share(times, midi, chords):.0%} of it on chord tones)'
+    if chords and len(heard): title += f' ({chord_tone_share(times, midi, chords):.0%} of it on {"estimated chords" if estimated else "chord tones"})'
     axs[0].set_title(title, loc='left', pad=22 if chords else 8, parse_math=False)
     for ax, x, name in zip(axs[1:], (solo, backing), ('solo', 'backing')):
         plot_spectrogram(x, ax=ax, fmax=6000)
