@@ -221,7 +221,7 @@ def check_caches()->str:
 
 # %% ../nbs/15a_doctor.ipynb #8fd9176e
 EXTRAS = dict(fad='FAD with VGGish, PANN, CLAP or EnCodec', vertex='Vertex AI and gs://',
-              ray='data stages on a Ray cluster')
+              ray='data stages on a Ray cluster', score='scores as MusicXML')
 
 def check_extra(
     extra:str, # of `EXTRAS`

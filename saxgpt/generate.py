@@ -12,6 +12,7 @@ __all__ = ['PIECES', 'FAR', 'STRANGE_GUIDANCE', 'IN_TUNE', 'distance_to_corpus',
 import math, os, sys, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np, torch
@@ -26,6 +27,7 @@ from .ops.files import output_path, printable, save_picture
 from .generation import LazyEncoder, generate
 from .metrics import code_counts, total_variation
 from .model.decoding import quantize_decoder
+from .music.notation import notes_paths, write_notes
 from .music.plots import plot_solo
 from .music.transcription import truth_beside, tuning_of
 from .ops.packages import without_warnings
@@ -194,12 +196,14 @@ def write_solos(
     x, # the backing (1, M), at least as long
     truth:dict, # what is known about it
     names:list, # titles of the pictures
+    notes=(), # functions of solo, backing and truth that write the notes of each
 ) -> list: # the paths; the plot is None where it could not be drawn
-    "Write solos, mixes and pictures; raises `KeyboardInterrupt` where playing was interrupted."
+    "Write solos, mixes, notes and pictures; raises `KeyboardInterrupt` where playing was interrupted."
     cut, x = solos.shape[1] < x.shape[1], x.part(n=solos.shape[1])
     solos = [normalize_loudness(solos.part(slice(i, i + 1))) for i in range(len(paths))]
     x, rows = normalize_loudness(x), []
     for row, solo in zip(paths, solos): write_sound(*row[:2], solo, x)
+    for write, solo in zip(notes, solos): write(solo, x, truth)
     for row, solo, name in zip(paths, solos, names):
         drawn = write_plot(row[2], solo, x, truth, name)
         rows.append((*row[:2], row[2] if drawn else None))
@@ -216,6 +220,8 @@ class FileOptions:
     codec:object = None # name or folder of the codec; None: the one that the checkpoint names
     prompt:object = None # audio file that the solo begins with and goes on from
     tuning:float = None # of the band, cents above 440 Hz; None: as `band_tuning` finds
+    score:bool = False # write a score too
+    instrument:str = 'concert' # that it is for, see `notes_paths`
     light:bool = False # with the lighter copy of the model
     compiled:bool = False # with a compiled step, on a CPU
     progress:bool = True # show a bar
@@ -287,6 +293,9 @@ def generate_file(
     codec = matching_codec(o.codec, about, checkpoint, model.null.device)
     inputs = src, src.with_name('truth.json'), o.prompt, checkpoint, o.codec
     named = [len(paths) == 1 and bool(p) for p in (out, mix, plot)]   # others follow from `out`
+    notes = [[output_path(p, *inputs, named=False)
+              for p in notes_paths(row[0], o.score, o.instrument)] for row in paths]
+    notes = [partial(write_notes, row, instrument=o.instrument) for row in notes]
     paths = [[output_path(p, *inputs, named=k) for p, k in zip(row, named)] for row in paths]
     tuning = band_tuning(x, truth, o.tuning)
     known, truth = dict(tuning=tuning, folder=folder), truth | dict(tuning=tuning)
@@ -299,18 +308,21 @@ def generate_file(
     if o.keep:
         solos, seeds, table = keep_best(solos, x, truth, seeds, o.keep)
         if o.report: o.report(table)
-    return write_solos(paths, solos, x, truth, [f'{name}, seed {s}' for s in seeds])
+    return write_solos(paths, solos, x, truth, [f'{name}, seed {s}' for s in seeds], notes)
 
 # %% ../nbs/08c_generate_command.ipynb #562b7ab5
 def print_summary(
     paths:list, # from `generate_file`
     took:float, # seconds
     seed:int, # one that has not been played yet
+    notes=(), # MIDI files and scores beside them
 ): # prints
     "Where the solos are and how to go on."
     for row in paths:
         for what, p in zip(('solo', 'mix', 'picture'), row):
             if p: print(f'{what:8} {p}')
+    for p in notes:
+        if p.is_file(): print(f'{"score" if p.suffix == ".musicxml" else "notes":8} {p}')
     print(f'Done in {took:.0f} s. Other solos: --seed {seed}, several at once: --n 3, '
           'more weight on the backing: --guidance 3.')
     here = 'saxgpt generate'
@@ -357,6 +369,8 @@ def main(
     prompt:str=None, # audio file that the solo begins with and goes on from
     seconds:float=None, # at most so much of the backing; all of it when absent
     tuning:float=None, # of the band, cents above A = 440 Hz; estimated when absent
+    score:bool=False, # write a score too, as MusicXML
+    instrument:str='concert', # that the notes are for: concert, soprano, alto, tenor, baritone
     light:bool=False, # faster, less exact: 8-bit weights on a CPU, half precision on a GPU
     compile:bool=False, # compile the step first: pays for long tunes on a CPU; needs a C++ compiler
     codec:str=None, # name or folder of the codec; the one that the checkpoint names when absent
@@ -365,5 +379,8 @@ def main(
     t0, play = time.time(), dict(temperature=temperature, guidance=guidance, density=density)
     paths = generate_file(backing, output, mix, plot, checkpoint, seed, n, seconds=seconds,
         keep=keep, report=print, codec=codec, prompt=prompt, tuning=tuning, light=light,
-        compiled=compile, top_k=top_k, top_p=top_p, **play)
-    print_summary(paths, time.time() - t0, seed + n)
+        compiled=compile, top_k=top_k, top_p=top_p, score=score,
+        instrument=instrument, **play)
+    written = out_paths(output, mix, plot, len(paths))
+    notes = [p for row in written for p in notes_paths(row[0], score)]
+    print_summary(paths, time.time() - t0, seed + n, notes)

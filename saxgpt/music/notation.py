@@ -4,19 +4,25 @@
 
 # %% auto #0
 __all__ = ['FEES', 'COMPOUND', 'STEPS', 'ABOVE_C', 'KINDS', 'READS', 'feel_of', 'WrittenNote', 'places', 'divide', 'quantise',
-           'Piece', 'bars_of', 'check_bars', 'fifths_of', 'key_of', 'spell', 'kind_of', 'score_of', 'write_score']
+           'Piece', 'bars_of', 'check_bars', 'fifths_of', 'key_of', 'spell', 'kind_of', 'score_of', 'write_score',
+           'notes_paths', 'write_notes']
 
-# %% ../../nbs/12p_notation.ipynb #00908525
+# %% ../../nbs/12p_notation.ipynb #20ff8c98
+import os
 from fractions import Fraction
+from importlib.util import find_spec
 from itertools import combinations
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .notes import BeatGrid, beat_grid
+from ..audio import SAMPLE_RATE
+from .notes import BeatGrid, beat_grid, notes_of, write_midi
 from .theory import NAMES
-from ..ops.files import atomic_path
-from ..ops.packages import needs
+from ..ops.files import atomic_path, reason
+from ..ops.packages import needs, without_warnings
+from ..ops.words import notify, printable
 
 # %% ../../nbs/12p_notation.ipynb #795967e0
 def feel_of(
@@ -345,3 +351,45 @@ def write_score(
     xml = exporter.parse()
     with atomic_path(path) as p: p.write_bytes(xml)
     return path
+
+# %% ../../nbs/12p_notation.ipynb #04c5d5c5
+def notes_paths(
+    solo, # file of the solo
+    score:bool=False, # whether there is one
+    instrument:str='concert', # of `READS`
+)->list: # solo.mid, and solo.musicxml
+    "Names of what is written beside a solo; one that is too long is cut."
+    if instrument not in READS:
+        raise ValueError(f'instrument: given {instrument!r}; it is {", ".join(READS)}')
+    if score:
+        with needs('music21', extra='score'):
+            if find_spec('music21') is None: raise ModuleNotFoundError("No module named 'music21'")
+    def name(end):
+        stem = Path(solo).stem
+        while len(os.fsencode(stem + end)) > 255: stem = stem[:-1]
+        return Path(solo).with_name(stem + end)
+    return [name('.mid')] + [name('.musicxml')]*score
+
+# %% ../../nbs/12p_notation.ipynb #92af60d1
+def _with_beats(truth, backing): # the truth, with tracked beats where it has none
+    if len(truth.get('beats', ())) > 1 or backing.shape[1] > 1200*SAMPLE_RATE: return truth
+    from saxgpt.music.transcription import beats_of_backing
+    return truth | dict(beats=beats_of_backing(np.asarray(backing[:, :])).tolist(), downbeats=[])
+
+def write_notes(
+    paths:list, # of `notes_paths`
+    solo, # (1,N), 32 kHz: an array or a `Sound`
+    backing, # (1,N), likewise
+    truth:dict, # what is known about the backing, maybe nothing
+    instrument:str='concert', # of `READS`
+): # writes
+    "Write what a solo plays, or say in one line why it is not there."
+    midi, *score = paths
+    try:
+        with without_warnings():
+            notes, truth = notes_of(solo, truth.get('tuning', 0.)), _with_beats(truth, backing)
+            if not notes: notify(f'{midi}: empty, no note was heard in the solo')
+            write_midi(midi, notes, truth, instrument)
+            for path in score: write_score(path, notes, truth, instrument, printable(midi.stem))
+    except Exception as e:
+        notify(f'{midi}: no notes, {printable(reason(e))[:200]}; all else is written')
