@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAX_KEYS', 'STEP', 'WINDOW', 'LAGS', 'CHANGE', 'REPEAT', 'BEGIN', 'END', 'ATTACK', 'TOLERANCE', 'TICKS', 'PROGRAMS',
-           'note_f1', 'yin_difference', 'key_costs', 'doubt_subharmonics', 'Evidence', 'listen_for_keys', 'tuning_of',
+           'note_f1', 'yin_difference', 'key_costs', 'doubt_subharmonics', 'Evidence', 'listen_for_keys', 'own_tuning',
            'dips_of', 'decode_notes', 'find_notes', 'join_octaves', 'line_near', 'join_falls', 'bend_of', 'notes_of',
            'BeatGrid', 'beat_grid', 'tempo_changes', 'write_midi']
 
@@ -110,7 +110,7 @@ def listen_for_keys(
     return Evidence(level, doubt_subharmonics(cost), pitch)
 
 # %% ../../nbs/12o_notes.ipynb #b51a7690
-def tuning_of(
+def own_tuning(
     e:Evidence,
 )->float: # cents, from -50 to 50
     "How far pitches are from the keys, on average."
@@ -265,7 +265,7 @@ def notes_of(
     "The notes of a solo."
     from saxgpt.music.synth import Note
     e = listen_for_keys(x, tuning)
-    off = tuning_of(e)
+    off = own_tuning(e)
     if abs(off) > 3: e = listen_for_keys(x, tuning + off)
     found, notes = join_falls(join_octaves(find_notes(e), e.cost), e), []
     for a, b, k in found:
