@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PIECES', 'FAR', 'STRANGE_GUIDANCE', 'IN_TUNE', 'distance_to_corpus', 'notice_strange', 'band_tuning', 'out_paths',
            'read_sound', 'read_backing', 'steps_bar', 'write_sound', 'write_plot', 'write_solos', 'FileOptions',
-           'check_request', 'read_inputs', 'matching_codec', 'resolve_settings', 'generate_file', 'print_summary',
-           'parse_numbers', 'main']
+           'check_request', 'read_inputs', 'read_take', 'matching_codec', 'resolve_settings', 'generate_file',
+           'print_summary', 'parse_numbers', 'main']
 
 # %% ../nbs/08c_generate_command.ipynb #716e7470
-import math, os, sys, time
+import math, os, shlex, sys, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
@@ -32,6 +32,7 @@ from .music.plots import plot_solo
 from .music.transcription import truth_beside, tuning_of
 from .ops.packages import without_warnings
 from .pretrained import load_model
+from .takes.redo import bar_ranges, downbeats_of, fit_take, redo_solos
 from .sampling import (DEFAULT_SAMPLING, DEFAULT_SAMPLING_NO_CFG, check_settings,
     resolve_sampling)
 from .ops.words import bar, notify
@@ -179,6 +180,7 @@ def write_plot(
     backing, # (1, N), likewise
     truth:dict, # what is known about the backing, maybe nothing
     name:str, # for the title
+    marks:list=(), # (start, stop), s: stretches to shade
 )->bool: # whether it is written
     "Write the picture of a solo, of a long one the first minute, or say why there is none."
     solo, backing = (x[:, :60*SAMPLE_RATE] for x in (solo, backing))
@@ -186,7 +188,8 @@ def write_plot(
         title, form = f'SaxGPT over {printable(name)}', truth.get('form', '')
         if form == 'drawn': form = 'changes of its own'
         if form: title += f': {form} in {truth.get("key", "")}, {truth.get("bpm", 0):.0f} bpm'
-        plot_solo(solo, backing, truth.get('chords', ()), title, fig, truth.get('tuning', 0.))
+        plot_solo(solo, backing, truth.get('chords', ()), title, fig, truth.get('tuning', 0.),
+                  marks=marks)
     with without_warnings(): return save_picture(path, draw)   # missing letters, short sounds
 
 # %% ../nbs/08c_generate_command.ipynb #c02e0205
@@ -197,15 +200,17 @@ def write_solos(
     truth:dict, # what is known about it
     names:list, # titles of the pictures
     notes=(), # functions of solo, backing and truth that write the notes of each
+    redone:list=None, # (start, stop), s, of takes that keep their level; None: these are new
 ) -> list: # the paths; the plot is None where it could not be drawn
     "Write solos, mixes, notes and pictures; raises `KeyboardInterrupt` where playing was interrupted."
     cut, x = solos.shape[1] < x.shape[1], x.part(n=solos.shape[1])
-    solos = [normalize_loudness(solos.part(slice(i, i + 1))) for i in range(len(paths))]
+    solos = [solos.part(slice(i, i + 1)) for i in range(len(paths))]
+    if redone is None: solos = [normalize_loudness(s) for s in solos]
     x, rows = normalize_loudness(x), []
     for row, solo in zip(paths, solos): write_sound(*row[:2], solo, x)
     for write, solo in zip(notes, solos): write(solo, x, truth)
     for row, solo, name in zip(paths, solos, names):
-        drawn = write_plot(row[2], solo, x, truth, name)
+        drawn = write_plot(row[2], solo, x, truth, name, redone or ())
         rows.append((*row[:2], row[2] if drawn else None))
     kept = ', '.join(str(p) for row in rows for p in row if p)
     if cut:
@@ -219,6 +224,8 @@ class FileOptions:
     seconds:float = None # at most so much of the backing; None: all of it
     codec:object = None # name or folder of the codec; None: the one that the checkpoint names
     prompt:object = None # audio file that the solo begins with and goes on from
+    take:object = None # audio file: a solo of which the bars `redo` are played again
+    redo:str = None # see `bar_ranges`
     tuning:float = None # of the band, cents above 440 Hz; None: as `band_tuning` finds
     score:bool = False # write a score too
     instrument:str = 'concert' # that it is for, see `notes_paths`
@@ -245,6 +252,10 @@ def check_request(out, mix, plot, seed:int, n:int, settings:dict)->tuple:
     if options.tuning is not None and not -100 <= options.tuning <= 100: raise ValueError(
         f'tuning is in cents above A = 440 Hz, from -100 to 100, not {options.tuning:g}; '
         'A = 442 Hz is 8')
+    if (options.take is None) != (options.redo is None): raise ValueError(
+        'take and redo belong together, as in --take solo.wav --redo 9-16')
+    if options.redo is not None and options.prompt is not None: raise ValueError(
+        'prompt: the bars of a take go on from the take; leave out either prompt or redo')
     return paths, options, sampling
 
 # %% ../nbs/08c_generate_command.ipynb #5783ed71
@@ -257,6 +268,12 @@ def read_inputs(backing, out, options:FileOptions)->tuple:
     if prompt is not None and prompt.shape[1] >= x.shape[1]: raise ValueError(
         f'{options.prompt}: is as long as the backing, which leaves nothing to play')
     return path, x, truth, prompt, folder
+
+def read_take(x, truth:dict, options:FileOptions, folder)->tuple:
+    "Sound of the take and the stretches to play again, in seconds; None and None without one."
+    if options.take is None: return None, None
+    take = fit_take(read_sound(options.take, options.seconds, folder), x.shape[1], options.take)
+    return take, bar_ranges(options.redo, downbeats_of(x, truth), x.shape[1]/SAMPLE_RATE)
 
 def matching_codec(name, about:dict, checkpoint, device):
     "The codec `name`, or the one of the checkpoint; `ValueError` unless they agree."
@@ -290,8 +307,9 @@ def generate_file(
     model, about = load_model(checkpoint, 'cuda' if torch.cuda.is_available() else 'cpu')
     if o.light: model = quantize_decoder(model)
     src, x, truth, prompt, folder = read_inputs(backing, out, o)
+    take, redone = read_take(x, truth, o, folder)
     codec = matching_codec(o.codec, about, checkpoint, model.null.device)
-    inputs = src, src.with_name('truth.json'), o.prompt, checkpoint, o.codec
+    inputs = src, src.with_name('truth.json'), o.prompt, o.take, checkpoint, o.codec
     named = [len(paths) == 1 and bool(p) for p in (out, mix, plot)]   # others follow from `out`
     notes = [[output_path(p, *inputs, named=False)
               for p in notes_paths(row[0], o.score, o.instrument)] for row in paths]
@@ -302,13 +320,16 @@ def generate_file(
     settings = resolve_settings(settings, model, about, codec, x, **known)
     seeds, name = [seed + i for i in range(n)], src.name
     if str(backing) == 'demo': name = 'the demo backing'
-    frames = math.ceil(x.shape[1]*2**(tuning/1200)/codec.hop)
-    with steps_bar(frames, o.progress) as advance: solos = generate(
-        model, codec, x, seeds, prompt, advance, compiled=o.compiled, **known, **settings)
+    seconds = n*sum(b - a for a, b in redone) if redone else x.shape[1]/SAMPLE_RATE
+    settings = dict(settings, compiled=o.compiled, **known)
+    with steps_bar(math.ceil(seconds*2**(tuning/1200)*codec.frame_rate), o.progress) as advance:
+        if redone: solos = redo_solos(model, codec, x, take, redone, seeds, advance, **settings)
+        else: solos = generate(model, codec, x, seeds, prompt, advance, **settings)
     if o.keep:
         solos, seeds, table = keep_best(solos, x, truth, seeds, o.keep)
         if o.report: o.report(table)
-    return write_solos(paths, solos, x, truth, [f'{name}, seed {s}' for s in seeds], notes)
+    return write_solos(paths, solos, x, truth, [f'{name}, seed {s}' for s in seeds], notes,
+                       redone)
 
 # %% ../nbs/08c_generate_command.ipynb #562b7ab5
 def print_summary(
@@ -316,6 +337,7 @@ def print_summary(
     took:float, # seconds
     seed:int, # one that has not been played yet
     notes=(), # MIDI files and scores beside them
+    backing='my-track.mp3', # what was played over
 ): # prints
     "Where the solos are and how to go on."
     for row in paths:
@@ -329,6 +351,9 @@ def print_summary(
     with suppress(OSError, ValueError, TypeError):   # no current folder, another drive, no program
         program = os.path.relpath(sys.executable)
         if Path(sys.executable).is_relative_to(Path.cwd()): here = f'{program} -m saxgpt.generate'
+    solo, quote = paths[0][0], lambda p: shlex.quote(str(p))
+    print(f'Some bars of it again:  {here} {quote(backing)} --take {quote(solo)} --redo 9-16 '
+          f'-o {quote(solo.with_stem(solo.stem + "-again"))}')
     print(f'Over your own recording, any format:  {here} my-track.mp3 -o out/my-solo.wav')
 
 # %% ../nbs/08c_generate_command.ipynb #0172b958
@@ -367,6 +392,8 @@ def main(
     n:int=1, # number of solos
     keep:int=None, # write only so many of them, those that fit the backing best
     prompt:str=None, # audio file that the solo begins with and goes on from
+    take:str=None, # solo over this backing of which only the bars --redo are played again
+    redo:str=None, # those bars, such as 9-16, 9-, or 2,7-8; or seconds: 12.5s-20s
     seconds:float=None, # at most so much of the backing; all of it when absent
     tuning:float=None, # of the band, cents above A = 440 Hz; estimated when absent
     score:bool=False, # write a score too, as MusicXML
@@ -378,9 +405,9 @@ def main(
     "Play a saxophone solo over a backing track."
     t0, play = time.time(), dict(temperature=temperature, guidance=guidance, density=density)
     paths = generate_file(backing, output, mix, plot, checkpoint, seed, n, seconds=seconds,
-        keep=keep, report=print, codec=codec, prompt=prompt, tuning=tuning, light=light,
-        compiled=compile, top_k=top_k, top_p=top_p, score=score,
+        keep=keep, report=print, codec=codec, prompt=prompt, take=take, redo=redo, tuning=tuning,
+        light=light, compiled=compile, top_k=top_k, top_p=top_p, score=score,
         instrument=instrument, **play)
     written = out_paths(output, mix, plot, len(paths))
     notes = [p for row in written for p in notes_paths(row[0], score)]
-    print_summary(paths, time.time() - t0, seed + n, notes)
+    print_summary(paths, time.time() - t0, seed + n, notes, backing)

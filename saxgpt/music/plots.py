@@ -41,6 +41,7 @@ def plot_solo(
     fig=None, # A matplotlib figure to draw into; None makes one that a notebook shows
     tuning:float=0., # Of the band, cents above 440 Hz: rows are its semitones
     estimated:bool=False, # Whether the chords are an estimate, which the picture says
+    marks:list=(), # (start, stop), s: stretches to shade
 ): # The figure
     "The line over its chords, and the spectrograms of solo and backing."
     if fig is None: import matplotlib.pyplot as plt
@@ -53,6 +54,7 @@ def plot_solo(
     fig.set_layout_engine('constrained')
     axs = fig.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1])
     draw_chords(axs[0], chords, lo, hi, until, estimated)
+    for a, b in marks: axs[0].axvspan(a, min(b, until), color='#fdd49e', alpha=.6, lw=0, zorder=.5)
     if estimated and chords: axs[0].set_title('chords estimated', loc='right', fontsize=8, style='italic', pad=22)
     line = np.where(np.abs(np.diff(midi, prepend=np.nan)) > .8, np.nan, midi)  # a new note is a new stroke
     axs[0].plot(times, line, color='#b8430f', lw=2.5, solid_capstyle='round', zorder=3)

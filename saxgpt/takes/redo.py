@@ -194,7 +194,7 @@ def decode(self:PunchIn,
     power = [np.square(x[:, known]).sum() + 1e-9 for x in (old, y)]
     y = y*np.float32(np.clip(np.sqrt(power[0]/power[1]), usual/2, usual*2))
     t = np.arange(n)
-    inside = np.clip(np.minimum(t - a, b - t)/self.hop, 0, 1)         # 1 but for a frame at each edge
+    inside = np.clip(np.minimum(t - a, b - t)/self.hop, 0, 1)   # 1 but for a frame at each edge
     y = y*level_correction(y[:, ~known], level)**inside
     return (y*min(1, .98/max(np.abs(y).max(), 1e-9))).astype('f4'), at
 
