@@ -18,6 +18,7 @@ from .ops.words import steady, tell
 commands = dict(
     generate='play a solo over a backing track',
     backing='let a band play a chord chart, to have a solo over it',
+    studio='play, redo and keep solos in a page',
     demo='make the demo corpus: jazz with known chords, beats and notes',
     pipeline='recordings to datasets, resuming where it stopped',
     train='train a model, resuming by itself',

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from itertools import count
 from pathlib import Path
 
@@ -16,13 +15,13 @@ import pytest
 import torch
 import yaml
 
+from browser import browser, need
 from forks import warm
 from saxgpt.codecs.base import CodecMismatch
 from saxgpt.config import DataConfig, RunConfig, load_config, to_dict
 from saxgpt.data.download import find_recordings, ingest
 from saxgpt.data.splits import split_of
 from saxgpt.demo import make_corpus
-from saxgpt.doctor import BROWSERS
 from saxgpt.evaluate import make_plan, mean_ci
 from saxgpt.evaluation.fad import FadError, fad, library_points
 from saxgpt.ops.files import read_jsonl, read_tensors, write_jsonl
@@ -35,12 +34,7 @@ offline = {k: 'http://127.0.0.1:9' for k in ('http_proxy', 'https_proxy', 'HTTP_
 cold = dict(os.environ, OMP_NUM_THREADS='1')
 env = cold | warm('saxgpt.evaluate', 'saxgpt.sweep', 'saxgpt.pipeline', *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'segments', 'codes', 'splits')),
                   'librosa', 'matplotlib.pyplot', 'scipy.signal', 'torch._dynamo')
-required = bool(os.environ.get('SAXGPT_TEST_ALL'))      # set in CI: nothing may be skipped there
 title = '<img src=x onerror="document.title=1"> & Söhne'
-
-
-def need(ok, what):
-    if not ok: (pytest.fail if required else pytest.skip)(what)
 
 
 def run(*args, ok=True, env=env, **more):
@@ -228,56 +222,6 @@ def test_mistakes_are_one_line(data, tmp_path, args, says):
 
 
 # the report in a browser
-
-class Chromium:
-    "A real browser, spoken to through its debugging protocol."
-    def __init__(self, folder):
-        import websocket
-        exe = next(filter(None, map(shutil.which, BROWSERS)), None)
-        need(exe, 'no Chromium on this machine')
-        self.process = subprocess.Popen([exe, '--headless=new', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0',
-                                         '--remote-allow-origins=*', '--mute-audio',
-                                         '--autoplay-policy=no-user-gesture-required', '--no-first-run', '--disable-background-networking',
-                                         f'--user-data-dir={folder}', 'about:blank'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        told = Path(folder)/'DevToolsActivePort'
-        for _ in range(600):
-            if told.is_file() and told.read_text().strip(): break
-            time.sleep(.1)
-        pages = json.load(urllib.request.urlopen(f'http://127.0.0.1:{told.read_text().split()[0]}/json'))
-        self.socket, self.ids, self.events = websocket.create_connection(next(p['webSocketDebuggerUrl'] for p in pages
-            if p['type'] == 'page'), timeout=600), count(1), []
-        for domain in ('Page', 'Runtime', 'Log', 'Network'): self(f'{domain}.enable')
-
-    def __call__(self, method, **params):
-        n = next(self.ids)
-        self.socket.send(json.dumps(dict(id=n, method=method, params=params)))
-        while True:
-            m = json.loads(self.socket.recv())
-            if m.get('id') == n:
-                assert 'error' not in m, m
-                return m['result']
-            self.events.append(m)
-
-    def js(self, code):
-        r = self('Runtime.evaluate', expression=code, awaitPromise=True, returnByValue=True)
-        assert 'exceptionDetails' not in r, r
-        return r['result'].get('value')
-
-    def said(self, method): return [e['params'] for e in self.events if e.get('method') == method]
-
-    def close(self):
-        self.socket.close()
-        self.process.terminate()
-        self.process.wait(300)
-
-
-@pytest.fixture
-def browser(tmp_path):
-    need(importlib.util.find_spec('websocket'), 'no websocket-client in this environment')
-    b = Chromium(tmp_path/'profile')
-    yield b
-    b.close()
-
 
 def test_report_in_a_browser(whole, browser, tmp_path):
     shutil.copy(whole[0]/'report.html', tmp_path/'alone.html')           # it needs nothing that lies beside it

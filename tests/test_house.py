@@ -37,7 +37,7 @@ layers = [
     {'takes'},
     {'generate'},
     {'evaluation', 'evaluate', 'sweep', 'worlds'},
-    {'pipeline', 'vertex', 'doctor', 'cli'},
+    {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
 ]
 inside = {('audio', 'ops'), ('ops.remote', 'ops.files'), ('config', 'ops'), ('data', 'codec'), ('demo', 'codec'), ('demo', 'data'), ('music', 'music'), ('codecs', 'codecs'),
           ('model', 'model'), ('training', 'training'), ('training.run_sync', 'training.checkpoint'), ('evaluate', 'evaluation'), ('evaluation.page', 'evaluation.fit'), ('evaluation.report', 'evaluation.fit'), ('evaluation.report', 'evaluation.page'), ('sweep', 'evaluate'),
