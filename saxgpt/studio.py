@@ -25,8 +25,9 @@ from fastcore.script import Param
 from .audio import (SAMPLE_RATE, TempAudio, largest, loudness, mix, normalize_loudness,
     resample, write_audio)
 from .config import command
-from .generate import distance_to_corpus, matching_codec, notice_strange, read_backing
-from .generation import LazyEncoder, decode_stream
+from saxgpt.generate import (band_tuning, distance_to_corpus, matching_codec, notice_strange,
+    read_backing)
+from .generation import LazyEncoder, solo_sound
 from .model.decoding import play_codes
 from .music.scores import chord_tone_share
 from .ops.files import read_json, write_text
@@ -57,8 +58,8 @@ def load_band(
 # %% ../nbs/08b_studio.ipynb #42d74228
 class KeptCodes(LazyEncoder):
     "The codes of a backing, each window computed once."
-    def __init__(self, codec, x):
-        super().__init__(codec, x)
+    def __init__(self, *args, **known):
+        super().__init__(*args, **known)
         self.windows = {}
     def __getitem__(self, where): # (..., slice of frames)
         key = where[-1].start, where[-1].stop
@@ -73,6 +74,7 @@ class OpenBacking:
     x:object # sound (1, N), 32 kHz
     codes:object # `KeptCodes`
     truth:dict # chords, beats, downbeats and more, as in truth.json; maybe empty
+    tuning:float = 0. # cents above A = 440 Hz
     chords:list = () # dicts: start, end (s), name, tones
     bars:list = () # s at which bars begin
     estimated:bool = False # whether chords and bars come from the sound
@@ -118,8 +120,10 @@ def open(self:Session,
     "Put another backing on the desk; its takes go with the old one."
     model, codec, about = self.band
     path, x, truth = read_backing(backing, seconds, self.temp.name)
-    b = OpenBacking(f'b{self.made}', name or 'the demo backing', normalize_loudness(x),
-                    KeptCodes(codec.for_backing, x), truth)
+    known = dict(tuning=band_tuning(x, truth), folder=self.temp.name)
+    codes = KeptCodes(codec.for_backing, x, **known)
+    b = OpenBacking(f'b{self.made}', name or 'the demo backing', normalize_loudness(x), codes,
+                    truth, known['tuning'])
     if name is None and str(backing) != 'demo': b.name = path.name
     self.takes.clear()
     self.backing, self.made, self.number = b, self.made + 1, 0
@@ -127,7 +131,7 @@ def open(self:Session,
     self.announce()
     settings, line = dict(KNOBS), ''
     if about['backings']:
-        distance = distance_to_corpus(codec, x, about['backings'])
+        distance = distance_to_corpus(codec, x, about['backings'], **known)
         settings, line = notice_strange(distance, about['backings'], settings, False)
     next(play_codes(model, b.codes, [0], block=1, codec=codec, **settings))
     return settings, line
@@ -187,7 +191,8 @@ def announce(self:Session,
 @patch
 def draw(self:Session, take, at, hop, midi, whole=False):
     "Tell a piece of the line that a take plays."
-    self.tell('line', [np.asarray(midi, '<f4').tobytes()], id=take.id, at=at, hop=hop, whole=whole)
+    midi = np.asarray(midi - self.backing.tuning/100, '<f4')
+    self.tell('line', [midi.tobytes()], id=take.id, at=at, hop=hop, whole=whole)
 
 # %% ../nbs/08b_studio.ipynb #5d2bd5f0
 @patch
@@ -200,14 +205,13 @@ def play(self:Session,
     if b is None: raise ValueError('there is no backing yet: open one first')
     self.stopped.clear()
     asked = resolve_sampling(KNOBS | settings, model.cfg.condition_dropout)
-    blocks = play_codes(model, b.codes, [seed], codec=codec, block=round(BLOCK*codec.frame_rate),
-                        **asked)
+    frames = round(BLOCK*codec.frame_rate)
+    blocks = play_codes(model, b.codes, [seed], codec=codec, block=frames, **asked)
     self.number += 1
     take = self.add(f'take {self.number}', seed, settings)
     try:
-        for y in decode_stream(codec, blocks, round(BLOCK*codec.frame_rate), 10):
+        for y in solo_sound(codec, blocks, b.x.shape[1], b.tuning, piece=frames, around=10):
             if b is not self.backing: break
-            y = y[:, :b.x.shape[1] - take.solo.shape[1]]
             self.extend(take, y)
             yield y
             if self.stopped.is_set(): break
@@ -281,7 +285,8 @@ def judge(self:Session, take:Take)->dict:
     self.draw(take, *take.line[0], whole=True)
     chords, scores = self.backing.chords, dict(playing=float(active_frames(x).mean()))
     if chords and np.isfinite(midi).any():
-        scores |= {k: chord_tone_share(times, midi, chords, k) for k in ('tones', 'scale')}
+        keys = midi - self.backing.tuning/100
+        scores |= {k: chord_tone_share(times, keys, chords, k) for k in ('tones', 'scale')}
     take.scores = {k: v for k, v in scores.items() if np.isfinite(v)}
     return take.scores
 
@@ -403,7 +408,7 @@ def _row(*children, kind=''):
 
 def _slider(text, lo, hi, value):
     return widgets.FloatSlider(value, min=lo, max=hi, step=.05, description=text,
-        style=dict(description_width='9.5em'), layout=widgets.Layout(width='24em'))
+        style=dict(description_width='10.5em'), layout=widgets.Layout(width='25em'))
 
 class Knobs:
     "How a solo is to be played."
@@ -423,22 +428,18 @@ class Knobs:
 class TakeRow:
     "A take in the list."
     def __init__(self, studio, take:Take):
-        self.take, self.scores = take, widgets.HTML()
+        self.id, self.scores = take.id, widgets.HTML()
         self.scores.add_class('saxgpt-scores')
         self.name = widgets.Text(take.name, layout=widgets.Layout(width='12em'),
                                  continuous_update=False)
-        self.name.observe(self.rename, 'value')
-        self.tell = studio.deck.tell
-        do = lambda what: lambda: what(take)
+        self.name.observe(lambda change: studio.rename(self.id, change['new']), 'value')
         self.box = _row(
-            _button('Hear', f'Hear {take.name}', lambda: self.tell('hear', id=take.id)),
+            _button('Hear', f'Hear {take.name}',
+                    lambda: studio.deck.tell('hear', id=self.id)),
             self.name, self.scores,
-            _button('Keep', f'Write the files of {take.name}', do(studio.keep)),
-            _button('Throw away', f'Throw {take.name} away', do(studio.drop)), kind='saxgpt-take')
-
-    def rename(self, change):
-        self.take.name = change['new']
-        self.tell('name', id=self.take.id, name=change['new'])
+            _button('Keep', f'Write the files of {take.name}', lambda: studio.keep(self.id)),
+            _button('Throw away', f'Throw {take.name} away', lambda: studio.drop(self.id)),
+            kind='saxgpt-take')
 
     def mark(self, now:bool): # whether it is the one that is heard
         (self.box.add_class if now else self.box.remove_class)('saxgpt-now')
@@ -605,20 +606,26 @@ def stop(self:Studio):
     self.interrupt()
     self.deck.tell('stop')
 
-# %% ../nbs/08b_studio.ipynb #96af0548
+# %% ../nbs/08b_studio.ipynb #10b11e1c
 @patch
-def keep(self:Studio, take:Take):
+def rename(self:Studio, id:str, name:str):
+    "Give a take another name."
+    self.session.takes[id].name = name
+    self.deck.tell('name', id=id, name=name)
+
+@patch
+def keep(self:Studio, id:str):
     "Write the files of a take."
     def write():
-        paths = self.session.keep(take, self.folder.value)
+        paths = self.session.keep(self.session.takes[id], self.folder.value)
         self.say(f'kept: {", ".join(map(str, paths))}')
     self.helper.do(write)
 
 @patch
-def drop(self:Studio, take:Take):
+def drop(self:Studio, id:str):
     "Throw a take away."
-    if not take.done: self.interrupt()
-    self.player.do(self.session.drop, take.id)
+    if not self.session.takes[id].done: self.interrupt()
+    self.player.do(self.session.drop, id)
 
 @patch
 def download(self:Studio):
@@ -659,6 +666,7 @@ def _close_all(w):
 def close(self:Studio):
     "Stop, end the threads, remove the temporary files, and leave the page."
     if self.player.closed: return
+    if self in _open: _open.remove(self)
     self.interrupt()
     self.player.do(self.session.close)
     for w in (self.player, self.helper): w.close()
@@ -672,7 +680,7 @@ def studio(
     folder='takes', # where takes are kept
 )->Studio: # a widget: the last line of a cell shows it
     "Open the studio in a notebook; the one that was open before is closed."
-    while _open: _open.pop().close()
+    for other in list(_open): other.close()
     _open.append(Studio(backing, checkpoint, folder))
     return _open[0]
 

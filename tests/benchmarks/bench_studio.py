@@ -21,11 +21,11 @@ from test_studio import DECK, STATUS, button, enter, jupyter
 
 
 def picture(b, path):
-    "The studio as it looks now, in few colours."
+    "The studio as it looks now."
     box = b.js("(e => [e.x, e.y, e.width, e.height])(document.querySelector('.saxgpt-studio').getBoundingClientRect())")
     clip = dict(zip(('x', 'y', 'width', 'height'), box)) | dict(scale=1)
     data = base64.b64decode(b('Page.captureScreenshot', clip=clip)['data'])
-    Image.open(io.BytesIO(data)).convert('RGB').quantize(64).save(path, optimize=True)
+    Image.open(io.BytesIO(data)).convert('RGB').save(path, optimize=True)
 
 
 def mark(b, first, last):
