@@ -462,8 +462,9 @@ class Source:
     "Where a backing comes from."
     def __init__(self, studio):
         wide, narrow = (widgets.Layout(width=w) for w in ('22em', '14em'))
-        self.kind = widgets.Dropdown(options=[('the demo', 'demo'), ('a file', 'file'), ('a chart', 'chart')],
-            description='backing', layout=widgets.Layout(width='17em'))
+        kinds = [('the demo', 'demo'), ('a file', 'file'), ('a chart', 'chart')]
+        self.kind = widgets.Dropdown(options=kinds, description='backing',
+                                     layout=widgets.Layout(width='17em'))
         self.path = widgets.Text(placeholder='path of an audio file', layout=wide)
         self.seconds = widgets.BoundedFloatText(0, min=0, max=3600, description='at most s',
             tooltip='0: all of it', layout=widgets.Layout(width='14em'))
@@ -480,6 +481,11 @@ class Source:
                         _button('Open', 'Put this backing on the desk', studio.choose))
 
     def turn(self, change): self.stack.selected_index = change['new']
+
+    @property
+    def given(self)->str: # what is to be opened; '' for nothing
+        typed = dict(demo='demo', file=self.path.value, chart=self.text.value)
+        return typed[self.kind.value].strip()
 
     @property
     def how(self)->dict: # keywords of `make_backing`
@@ -563,8 +569,8 @@ def heard(self:Studio)->Take:
 @patch
 def choose(self:Studio, path=None, name=None):
     "Put a backing on the desk."
-    src, given = self.source, path or dict(demo='demo', file=self.source.path.value.strip(),
-                                           chart=self.source.text.value.strip())[self.source.kind.value]
+    src = self.source
+    given = path or src.given
     if not given: return self.say(f'Type {src.kind.label} first.', bad=True)
     self.interrupt()
     if src.kind.value == 'chart' and not path: job = self.session.chart, given, src.how
