@@ -322,8 +322,11 @@ def score_of(
     part, player = stream.Part(), getattr(instruments, name)()
     part.insert(0, player)
     part.atSoundingPitch = False if semitones else True
-    swing = feel_of([n.start for n in notes], grid)[1]
-    bars = _fill(bars_of(quantise(notes, grid), grid), grid, truth, sharps, (semitones, up))
+    swing, written = feel_of([n.start for n in notes], grid)[1], quantise(notes, grid)
+    if lost := len(notes) - len(written):
+        notify(f'{title}: the score leaves out {lost} of {len(notes)} notes, where more than eight '
+               'begin in a beat; the MIDI file has them')
+    bars = _fill(bars_of(written, grid), grid, truth, sharps, (semitones, up))
     if grid.pickup: bars[0].paddingLeft = (grid.meter - grid.pickup)*grid.quarters
     _first_bar(bars[0], grid, sharps, swing)
     part.append(bars)
