@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PIECES', 'FAR', 'STRANGE_GUIDANCE', 'IN_TUNE', 'distance_to_corpus', 'notice_strange', 'band_tuning', 'out_paths',
            'read_sound', 'read_backing', 'steps_bar', 'write_sound', 'write_plot', 'write_solos', 'FileOptions',
-           'check_request', 'read_inputs', 'read_take', 'matching_codec', 'resolve_settings', 'generate_file',
-           'print_summary', 'parse_numbers', 'main']
+           'check_request', 'read_inputs', 'read_take', 'harmony_of', 'matching_codec', 'resolve_settings',
+           'generate_file', 'print_summary', 'parse_numbers', 'main']
 
 # %% ../nbs/08c_generate_command.ipynb #716e7470
 import math, os, shlex, sys, time
@@ -28,6 +28,7 @@ from .generation import LazyEncoder, generate
 from .metrics import code_counts, total_variation
 from .model.decoding import quantize_decoder
 from .music.notation import notes_paths, write_notes
+from .music.charts import read_chart
 from .music.plots import plot_solo
 from .music.transcription import truth_beside, tuning_of
 from .ops.packages import without_warnings
@@ -35,6 +36,7 @@ from .pretrained import load_model
 from .takes.redo import bar_ranges, downbeats_of, fit_take, redo_solos
 from .sampling import (DEFAULT_SAMPLING, DEFAULT_SAMPLING_NO_CFG, check_settings,
     resolve_sampling)
+from .takes.changes import Harmony, check_weight, hold_to_changes
 from .ops.words import bar, notify
 from .takes.best import keep_best
 
@@ -185,11 +187,12 @@ def write_plot(
     "Write the picture of a solo, of a long one the first minute, or say why there is none."
     solo, backing = (x[:, :60*SAMPLE_RATE] for x in (solo, backing))
     def draw(fig):
-        title, form = f'SaxGPT over {printable(name)}', truth.get('form', '')
+        known = truth if truth.get('chords') else Harmony(backing, truth).truth
+        title, form = f'SaxGPT over {printable(name)}', known.get('form', '')
         if form == 'drawn': form = 'changes of its own'
-        if form: title += f': {form} in {truth.get("key", "")}, {truth.get("bpm", 0):.0f} bpm'
-        plot_solo(solo, backing, truth.get('chords', ()), title, fig, truth.get('tuning', 0.),
-                  marks=marks)
+        if form: title += f': {form} in {known.get("key", "")}, {known.get("bpm", 0):.0f} bpm'
+        plot_solo(solo, backing, known.get('chords', ()), title, fig, known.get('tuning', 0.),
+                  known.get('estimated', False), marks)
     with without_warnings(): return save_picture(path, draw)   # missing letters, short sounds
 
 # %% ../nbs/08c_generate_command.ipynb #c02e0205
@@ -224,6 +227,8 @@ class FileOptions:
     seconds:float = None # at most so much of the backing; None: all of it
     codec:object = None # name or folder of the codec; None: the one that the checkpoint names
     prompt:object = None # audio file that the solo begins with and goes on from
+    chart:object = None # chord chart of the backing: a file or text, see `read_chart`
+    stay_on_changes:float = 0. # how closely playing is held to the chords, see `ChordSteering`
     take:object = None # audio file: a solo of which the bars `redo` are played again
     redo:str = None # see `bar_ranges`
     tuning:float = None # of the band, cents above 440 Hz; None: as `band_tuning` finds
@@ -241,6 +246,7 @@ def check_request(out, mix, plot, seed:int, n:int, settings:dict)->tuple:
     options = FileOptions(**{k: v for k, v in settings.items() if k in names})
     sampling = {k: v for k, v in settings.items() if k not in names}
     check_settings(**resolve_sampling(sampling))
+    check_weight(options.stay_on_changes)
     keep, seconds = n if options.keep is None else options.keep, options.seconds
     if n >= 1 and not 1 <= keep <= n: raise ValueError(
         f'keep must be from 1 to n, which is {n}, not {keep}')
@@ -275,6 +281,11 @@ def read_take(x, truth:dict, options:FileOptions, folder)->tuple:
     take = fit_take(read_sound(options.take, options.seconds, folder), x.shape[1], options.take)
     return take, bar_ranges(options.redo, downbeats_of(x, truth), x.shape[1]/SAMPLE_RATE)
 
+def harmony_of(x, truth:dict, chart, o:FileOptions):
+    "The chords of the backing, which are looked for when they are asked for."
+    name = str(o.chart) if os.path.isfile(str(o.chart)) else 'chart'
+    return Harmony(x, truth, chart, name)
+
 def matching_codec(name, about:dict, checkpoint, device):
     "The codec `name`, or the one of the checkpoint; `ValueError` unless they agree."
     codec = load_codec(name or about['codec_name'], device=device)
@@ -304,12 +315,13 @@ def generate_file(
 ) -> list: # (solo, mix, plot) paths for each solo; the plot is None where it could not be drawn
     "Play solos over a recording and write them, mixed and pictured too."
     paths, o, settings = check_request(out, mix, plot, seed, n, settings)
+    chart = read_chart(o.chart) if o.chart else None
     model, about = load_model(checkpoint, 'cuda' if torch.cuda.is_available() else 'cpu')
     if o.light: model = quantize_decoder(model)
     src, x, truth, prompt, folder = read_inputs(backing, out, o)
     take, redone = read_take(x, truth, o, folder)
     codec = matching_codec(o.codec, about, checkpoint, model.null.device)
-    inputs = src, src.with_name('truth.json'), o.prompt, o.take, checkpoint, o.codec
+    inputs = src, src.with_name('truth.json'), o.prompt, o.take, checkpoint, o.codec, o.chart
     named = [len(paths) == 1 and bool(p) for p in (out, mix, plot)]   # others follow from `out`
     notes = [[output_path(p, *inputs, named=False)
               for p in notes_paths(row[0], o.score, o.instrument)] for row in paths]
@@ -318,13 +330,16 @@ def generate_file(
     tuning = band_tuning(x, truth, o.tuning)
     known, truth = dict(tuning=tuning, folder=folder), truth | dict(tuning=tuning)
     settings = resolve_settings(settings, model, about, codec, x, **known)
+    harmony = harmony_of(x, truth, chart, o)
     seeds, name = [seed + i for i in range(n)], src.name
+    steer = hold_to_changes(codec, harmony, o.stay_on_changes, settings['temperature'])
     if str(backing) == 'demo': name = 'the demo backing'
     seconds = n*sum(b - a for a, b in redone) if redone else x.shape[1]/SAMPLE_RATE
-    settings = dict(settings, compiled=o.compiled, **known)
+    settings = dict(settings, compiled=o.compiled, steer=steer, **known)
     with steps_bar(math.ceil(seconds*2**(tuning/1200)*codec.frame_rate), o.progress) as advance:
         if redone: solos = redo_solos(model, codec, x, take, redone, seeds, advance, **settings)
         else: solos = generate(model, codec, x, seeds, prompt, advance, **settings)
+    if chart: truth = harmony.truth
     if o.keep:
         solos, seeds, table = keep_best(solos, x, truth, seeds, o.keep)
         if o.report: o.report(table)
@@ -392,6 +407,8 @@ def main(
     n:int=1, # number of solos
     keep:int=None, # write only so many of them, those that fit the backing best
     prompt:str=None, # audio file that the solo begins with and goes on from
+    chart:str=None, # chord chart of the backing, a text file such as "Dm7 G7 | Cmaj7"
+    stay_on_changes:float=0., # hold the notes to the chords: 0 not, 1 clearly, 2 at most
     take:str=None, # solo over this backing of which only the bars --redo are played again
     redo:str=None, # those bars, such as 9-16, 9-, or 2,7-8; or seconds: 12.5s-20s
     seconds:float=None, # at most so much of the backing; all of it when absent
@@ -407,7 +424,7 @@ def main(
     paths = generate_file(backing, output, mix, plot, checkpoint, seed, n, seconds=seconds,
         keep=keep, report=print, codec=codec, prompt=prompt, take=take, redo=redo, tuning=tuning,
         light=light, compiled=compile, top_k=top_k, top_p=top_p, score=score,
-        instrument=instrument, **play)
+        instrument=instrument, chart=chart, stay_on_changes=stay_on_changes, **play)
     written = out_paths(output, mix, plot, len(paths))
     notes = [p for row in written for p in notes_paths(row[0], score)]
     print_summary(paths, time.time() - t0, seed + n, notes, backing)

@@ -135,6 +135,8 @@ def play(self:PunchIn,
     "Candidates for the frames, each a continuation of what is before them."
     played, done, P, n = [], 0, self.past.shape[2], self.b - self.a
     settings = dict(codec=self.codec) | settings
+    if steer := settings.get('steer'): # frames of the tune
+        settings['steer'] = lambda x, frame, before: steer(x, self.start + frame, before)
     for block in play_codes(self.model, self.backing, seeds, self.past, **settings):
         played.append(block)
         done += block.shape[2]
