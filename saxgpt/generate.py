@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PIECES', 'FAR', 'STRANGE_GUIDANCE', 'IN_TUNE', 'distance_to_corpus', 'notice_strange', 'band_tuning', 'out_paths',
            'read_sound', 'read_backing', 'steps_bar', 'write_sound', 'write_plot', 'write_solos', 'FileOptions',
-           'check_request', 'read_inputs', 'read_take', 'harmony_of', 'matching_codec', 'resolve_settings',
-           'generate_file', 'print_summary', 'parse_numbers', 'main']
+           'check_request', 'Inputs', 'read_inputs', 'harmony_of', 'matching_codec', 'resolve_settings',
+           'place_outputs', 'play_inputs', 'generate_file', 'print_summary', 'parse_numbers', 'main']
 
 # %% ../nbs/08c_generate_command.ipynb #716e7470
 import math, os, shlex, sys, time
@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np, torch
 from fastcore.script import Param
@@ -265,26 +266,34 @@ def check_request(out, mix, plot, seed:int, n:int, settings:dict)->tuple:
     return paths, options, sampling
 
 # %% ../nbs/08c_generate_command.ipynb #5783ed71
-def read_inputs(backing, out, options:FileOptions)->tuple:
-    "Path, sound and truth of the backing, sound of the prompt, folder for long sounds."
+class Inputs(NamedTuple):
+    "What is played over, and what solos begin with or take the place of."
+    path: Path # of the backing
+    sound: object # (1, N), 32 kHz
+    truth: dict # what is known about it, with its tuning
+    folder: object # where long sounds wait, see `TempAudio`
+    prompt: object = None # (1, P), that solos begin with
+    take: object = None # (1, N), a solo of which `ranges` are played again
+    ranges: list = None # (start, stop), s
+
+def read_inputs(backing, out, o:FileOptions)->Inputs:
+    "Read what the request names."
     folder = next((p for p in Path(out).absolute().parents
                    if p.is_dir() and os.access(p, os.W_OK | os.X_OK)), None)
-    path, x, truth = read_backing(backing, options.seconds, folder)
-    prompt = None if options.prompt is None else read_sound(options.prompt, folder=folder)
+    path, x, truth = read_backing(backing, o.seconds, folder)
+    prompt = None if o.prompt is None else read_sound(o.prompt, folder=folder)
     if prompt is not None and prompt.shape[1] >= x.shape[1]: raise ValueError(
-        f'{options.prompt}: is as long as the backing, which leaves nothing to play')
-    return path, x, truth, prompt, folder
+        f'{o.prompt}: is as long as the backing, which leaves nothing to play')
+    truth = truth | dict(tuning=band_tuning(x, truth, o.tuning))
+    if o.take is None: return Inputs(path, x, truth, folder, prompt)
+    take = fit_take(read_sound(o.take, o.seconds, folder), x.shape[1], o.take)
+    ranges = bar_ranges(o.redo, downbeats_of(x, truth), x.shape[1]/SAMPLE_RATE)
+    return Inputs(path, x, truth, folder, prompt, take, ranges)
 
-def read_take(x, truth:dict, options:FileOptions, folder)->tuple:
-    "Sound of the take and the stretches to play again, in seconds; None and None without one."
-    if options.take is None: return None, None
-    take = fit_take(read_sound(options.take, options.seconds, folder), x.shape[1], options.take)
-    return take, bar_ranges(options.redo, downbeats_of(x, truth), x.shape[1]/SAMPLE_RATE)
-
-def harmony_of(x, truth:dict, chart, o:FileOptions):
+def harmony_of(i:Inputs, chart, o:FileOptions):
     "The chords of the backing, which are looked for when they are asked for."
     name = str(o.chart) if os.path.isfile(str(o.chart)) else 'chart'
-    return Harmony(x, truth, chart, name)
+    return Harmony(i.sound, i.truth, chart, name)
 
 def matching_codec(name, about:dict, checkpoint, device):
     "The codec `name`, or the one of the checkpoint; `ValueError` unless they agree."
@@ -292,15 +301,49 @@ def matching_codec(name, about:dict, checkpoint, device):
     check_codec(codec.fingerprint(), about, f'checkpoint {checkpoint}')
     return codec
 
-def resolve_settings(settings:dict, model, about:dict, codec, x, **known)->dict:
+# %% ../nbs/08c_generate_command.ipynb #0c5e7a12
+def resolve_settings(settings:dict, model, about:dict, codec, i:Inputs)->dict:
     "Settings of the sampler for this model and this backing; a strange one is reported."
     chosen = settings.get('guidance') is not None
     settings, backings = resolve_sampling(settings, model.cfg.condition_dropout), about['backings']
     if not backings: return settings
-    far = distance_to_corpus(codec, x, backings, **known)
+    known = dict(tuning=i.truth['tuning'], folder=i.folder)
+    far = distance_to_corpus(codec, i.sound, backings, **known)
     settings, line = notice_strange(far, backings, settings, chosen)
     if line: notify(line)
     return settings
+
+def place_outputs(
+    paths:list, # (solo, mix, plot) for each solo, as asked for
+    given:tuple, # the names that the user gave for these three, or None
+    inputs:tuple, # files that are read and must stay as they are
+    o:FileOptions,
+) -> tuple: # the same paths, resolved; a function of solo, backing and truth for each solo's notes
+    "Where everything goes; raises `ValueError` where that would cost an input."
+    named = [len(paths) == 1 and bool(p) for p in given]   # others follow from `out`
+    notes = [[output_path(p, *inputs, named=False)
+              for p in notes_paths(row[0], o.score, o.instrument)] for row in paths]
+    notes = [partial(write_notes, row, instrument=o.instrument) for row in notes]
+    return [[output_path(p, *inputs, named=k) for p, k in zip(row, named)] for row in paths], notes
+
+# %% ../nbs/08c_generate_command.ipynb #0c5e7a14
+def play_inputs(
+    i:Inputs,
+    model,
+    codec,
+    seeds:list, # one for each solo
+    progress:bool=True, # show a bar
+    **settings, # of `PlaySettings`
+): # solos (n, N), 32 kHz: a `Sound`; shorter if interrupted
+    "Solos over a backing, or the bars of a take played again."
+    known = dict(tuning=i.truth['tuning'], folder=i.folder)
+    seconds = i.sound.shape[1]/SAMPLE_RATE
+    if i.ranges: seconds = len(seeds)*sum(b - a for a, b in i.ranges)
+    frames = math.ceil(seconds*2**(known['tuning']/1200)*codec.frame_rate)
+    with steps_bar(frames, progress) as advance:
+        if i.ranges: return redo_solos(model, codec, i.sound, i.take, i.ranges, seeds, advance,
+                                       **known, **settings)
+        return generate(model, codec, i.sound, seeds, i.prompt, advance, **known, **settings)
 
 # %% ../nbs/08c_generate_command.ipynb #068534d8
 def generate_file(
@@ -318,33 +361,22 @@ def generate_file(
     chart = read_chart(o.chart) if o.chart else None
     model, about = load_model(checkpoint, 'cuda' if torch.cuda.is_available() else 'cpu')
     if o.light: model = quantize_decoder(model)
-    src, x, truth, prompt, folder = read_inputs(backing, out, o)
-    take, redone = read_take(x, truth, o, folder)
+    i = read_inputs(backing, out, o)
     codec = matching_codec(o.codec, about, checkpoint, model.null.device)
-    inputs = src, src.with_name('truth.json'), o.prompt, o.take, checkpoint, o.codec, o.chart
-    named = [len(paths) == 1 and bool(p) for p in (out, mix, plot)]   # others follow from `out`
-    notes = [[output_path(p, *inputs, named=False)
-              for p in notes_paths(row[0], o.score, o.instrument)] for row in paths]
-    notes = [partial(write_notes, row, instrument=o.instrument) for row in notes]
-    paths = [[output_path(p, *inputs, named=k) for p, k in zip(row, named)] for row in paths]
-    tuning = band_tuning(x, truth, o.tuning)
-    known, truth = dict(tuning=tuning, folder=folder), truth | dict(tuning=tuning)
-    settings = resolve_settings(settings, model, about, codec, x, **known)
-    harmony = harmony_of(x, truth, chart, o)
-    seeds, name = [seed + i for i in range(n)], src.name
+    files = i.path, i.path.with_name('truth.json'), o.prompt, o.take, checkpoint, o.codec, o.chart
+    paths, notes = place_outputs(paths, (out, mix, plot), files, o)
+    settings, harmony = resolve_settings(settings, model, about, codec, i), harmony_of(i, chart, o)
     steer = hold_to_changes(codec, harmony, o.stay_on_changes, settings['temperature'])
-    if str(backing) == 'demo': name = 'the demo backing'
-    seconds = n*sum(b - a for a, b in redone) if redone else x.shape[1]/SAMPLE_RATE
-    settings = dict(settings, compiled=o.compiled, steer=steer, **known)
-    with steps_bar(math.ceil(seconds*2**(tuning/1200)*codec.frame_rate), o.progress) as advance:
-        if redone: solos = redo_solos(model, codec, x, take, redone, seeds, advance, **settings)
-        else: solos = generate(model, codec, x, seeds, prompt, advance, **settings)
-    if chart: truth = harmony.truth
+    seeds = [seed + k for k in range(n)]
+    solos = play_inputs(i, model, codec, seeds, o.progress, compiled=o.compiled, steer=steer,
+                        **settings)
+    truth = harmony.truth if chart else i.truth
     if o.keep:
-        solos, seeds, table = keep_best(solos, x, truth, seeds, o.keep)
+        solos, seeds, table = keep_best(solos, i.sound, truth, seeds, o.keep)
         if o.report: o.report(table)
-    return write_solos(paths, solos, x, truth, [f'{name}, seed {s}' for s in seeds], notes,
-                       redone)
+    name = 'the demo backing' if str(backing) == 'demo' else i.path.name
+    titles = [f'{name}, seed {s}' for s in seeds]
+    return write_solos(paths, solos, i.sound, truth, titles, notes, i.ranges)
 
 # %% ../nbs/08c_generate_command.ipynb #562b7ab5
 def print_summary(
