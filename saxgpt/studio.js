@@ -128,7 +128,7 @@ class Deck {                                          // one clock for backing a
   on_take(m) {
     this.takes.set(m.id, new Track(m))
     if (!m.fresh) return
-    this.halt(); this.other = this.current; this.current = m.id; this.at = 0; this.need = START; this.wanted = true
+    this.halt(); this.other = this.current; this.current = m.id; this.at = m.at || 0; this.need = START; this.wanted = true
     this.model.set('current', m.id); this.model.set('marked', []); this.model.save_changes()
   }
   on_sound(m, [b]) { const t = this.takes.get(m.id); if (t) { t.add(b, m.at); if (t === this.take) { this.append(); this.watch() } } }

@@ -8,7 +8,9 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from xml.etree import ElementTree
 
+import mido
 import numpy as np
 import pytest
 import soundfile as sf
@@ -53,14 +55,23 @@ def jupyter(d):
         except subprocess.TimeoutExpired: p.kill()
 
 
+def run_cell(b, n):
+    "Press Shift and Enter in a cell, again where the page was not ready for it."
+    cell = f"document.querySelectorAll('.jp-CodeCell')[{n}]"
+    while True:
+        b.click(f"{cell}.querySelector('.cm-content')")
+        b.key('Enter', modifiers=8, number=13)
+        try: return b.until(f"/[*0-9]/.test({cell}.querySelector('.jp-InputPrompt').textContent)", 5)
+        except AssertionError: assert 'Idle' in b.js("document.body.textContent"), 'the kernel does not start'
+
+
 def enter(b, url):
     "Open the notebook in a browser and run its cell."
     b('Emulation.setDeviceMetricsOverride', width=1200, height=900, deviceScaleFactor=1, mobile=False)
     b('Page.navigate', url=url)
     b.until("document.querySelector('.jp-Toolbar-kernelName')?.textContent.includes('Python 3')"
             " && document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", 300)
-    b.click("document.querySelector('.jp-CodeCell .cm-content')")
-    b.key('Enter', modifiers=8, number=13)
+    run_cell(b, 0)
     b.until(f"document.querySelector('.saxgpt-deck') && {DECK}.backing?.bars.length && {STATUS}.textContent.includes(' s')", 300)
 
 
@@ -119,16 +130,24 @@ def test_a_solo_is_heard_while_it_is_made_and_taken_home(page, lab, tmp_path):
     b.until(f'!{DECK}.running')                                           # it ends by itself
 
     b('Browser.setDownloadBehavior', behavior='allow', downloadPath=str(tmp_path))
-    for kind, name in ('solo', 'take 1.wav'), ('mix', 'take 1-mix.wav'):
+    def fetch(kind, name):
         b.js(f"(() => {{ const e = {field('download')}; e.value = '{kind}'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})()")
         b.click(button('Download'))
         end = time.monotonic() + 60
-        while not (tmp_path/name).is_file() and time.monotonic() < end: time.sleep(.1)
-        x, rate = sf.read(tmp_path/name)
+        while not (tmp_path/name).is_file():
+            assert time.monotonic() < end, b.js(f'{STATUS}.textContent')
+            time.sleep(.1)
+        return tmp_path/name
+    for kind, name in ('solo', 'take 1.wav'), ('mix', 'take 1-mix.wav'):
+        x, rate = sf.read(fetch(kind, name))
         assert (rate, len(x)) == (SAMPLE_RATE, 8*SAMPLE_RATE) and np.abs(x).max() > .05
+    notes = [m for m in mido.MidiFile(fetch('MIDI', 'take 1.mid')) if m.type == 'note_on' and m.velocity]
+    assert len(notes) > 2
+    score = ElementTree.parse(fetch('score', 'take 1.musicxml'))
+    assert len(score.findall('.//measure')) >= 4 and score.findall('.//note/pitch')
     b.click(button('Keep'))
     b.until(f"{STATUS}.textContent.startsWith('kept')")
-    assert {'take 1.wav', 'take 1-mix.wav', 'take 1.json'} <= {p.name for p in (work/'takes').iterdir()}
+    assert {'take 1.wav', 'take 1-mix.wav', 'take 1.mid', 'take 1.json'} <= {p.name for p in (work/'takes').iterdir()}
     assert json.loads((work/'takes/take 1.json').read_text())['seed'] == 1 and take
 
 
@@ -157,7 +176,7 @@ def test_two_takes_are_compared_and_the_kernel_stays_free(page):
     b.until(f'!{DECK}.running && !{DECK}.wanted')
 
 
-def test_bars_are_marked_and_a_click_seeks(page):
+def test_bars_are_marked_and_played_again_and_a_click_seeks(page):
     b = page
     left, top, _, _ = b.at("document.querySelector('.saxgpt-sheet')")
     bars, scale = b.js(f'[{DECK}.backing.bars, [...{DECK}.views][0].scale]')
@@ -169,7 +188,16 @@ def test_bars_are_marked_and_a_click_seeks(page):
     box = b.js("(e => [e.x, e.width])(document.querySelector('.saxgpt-marked').getBoundingClientRect())")
     end = bars[3] if len(bars) > 3 else 8
     assert abs(box[0] - x[1]) < 2 and abs(box[1] - (end - bars[1])*scale) < 3
-    for kind in ('mousePressed', 'mouseReleased'): b.mouse(kind, x[2], top + 100)
+    old = b.js(f'{DECK}.current')
+    b.click(button('Redo bars'))
+    b.until(f"{DECK}.take.name.endsWith('bars 2-3') && {DECK}.take.done && {DECK}.running")
+    differs = b.js(f"""(() => {{ const a = {DECK}.take.data, b = {DECK}.takes.get('{old}').data, at = t => Math.round(t*{SAMPLE_RATE})
+        const most = (i, j) => {{ let m = 0; for (let k = i; k < j; k++) m = Math.max(m, Math.abs(a[k] - b[k])); return m }}
+        return [most(0, at({bars[1]} - .2)), most(at({bars[1]}), at({end})), most(at({end} + .2), a.length)] }})()""")
+    assert differs[0] == differs[2] == 0 < differs[1], differs            # only the bars that were marked
+    b.click(button('Pause'))
+    left, top, _, _ = b.at("document.querySelector('.saxgpt-sheet')")
+    for kind in ('mousePressed', 'mouseReleased'): b.mouse(kind, left + bars[2]*scale, top + 100)
     assert abs(b.js(f'{DECK}.position') - bars[2]) < .1 and b.js(f"{DECK}.model.get('marked')") == []
 
 
@@ -178,7 +206,7 @@ def test_uploads(page, tmp_path):
     (tmp_path/'words.txt').write_text('Dm7 G7 Cmaj7')
     b.choose_file("document.querySelector('.saxgpt-upload input')", tmp_path/'words.txt')
     b.until(f"{STATUS}.classList.contains('saxgpt-bad') && {STATUS}.textContent.startsWith('words.txt: ')")
-    assert b.js(f'{DECK}.takes.size') == 2                                # nothing is lost
+    assert b.js(f'{DECK}.takes.size') == 3                                # nothing is lost
     x, rate = sf.read(demo_backing()[0], frames=12*44100)
     stereo = np.tile(x[:, None] if x.ndim == 1 else x[:, :1], (2, 2))     # more than a piece
     sf.write(tmp_path/'my band.wav', stereo, rate)
@@ -187,6 +215,20 @@ def test_uploads(page, tmp_path):
     b.until(f"{DECK}.backing.name === 'my band.wav' && {DECK}.backing.n > 0 && {STATUS}.textContent.startsWith('my band.wav')")
     b.until(f'{DECK}.backing.estimated && {DECK}.backing.chords.length > 0')
     assert b.js(f'{DECK}.takes.size') == 0 and not b.js(f"{STATUS}.classList.contains('saxgpt-bad')")
+
+
+def test_a_chart_is_typed(page):
+    b = page
+    b.js(f"(() => {{ const e = {field('backing')}; e.value = 'a chart'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})()")
+    b.click("document.querySelector('.saxgpt-studio textarea')")
+    b('Input.insertText', text='Dm7 G7 | Hm7')
+    b.click(button('Open'))
+    b.until(f"{STATUS}.classList.contains('saxgpt-bad') && {STATUS}.textContent.includes('Hm7')")
+    b.js("document.querySelector('.saxgpt-studio textarea').select()")
+    b('Input.insertText', text='Dm7 G7 | Cmaj7')
+    b.click(button('Open'))
+    b.until(f"{DECK}.backing.chords.map(c => c.name).slice(0, 3).join(' ') === 'Dm7 G7 Cmaj7' && {DECK}.backing.n > 0", 240)
+    b.js(f"(() => {{ const e = {field('backing')}; e.value = 'the demo'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})()")
 
 
 def test_stop_ends_the_generation(page):
