@@ -216,6 +216,7 @@ def announce(self:Session,
         for piece in t.line: self.draw(t, *piece)
         if t.done: self.tell('done', id=t.id, gain=t.gain)
 
+# %% ../nbs/08b_studio.ipynb #92b58374
 @patch
 def draw(self:Session, take, at, hop, midi, whole=False):
     "Tell a piece of the line that a take plays."
@@ -244,6 +245,7 @@ def play(self:Session,
             if self.stopped.is_set(): break
     finally: self.finish(take)
 
+# %% ../nbs/08b_studio.ipynb #f3716490
 @patch
 def sampling(self:Session, settings:dict)->dict:
     "Knobs as settings of the sampler; `changes` holds the solo to the chords (08f)."
@@ -312,7 +314,7 @@ def replay(self:Session,
     def report(done):
         if self.stopped.is_set(): raise Stopped
         if progress: progress(done/codec.frame_rate/(end - start))
-    asked = self.sampling(settings | dict(changes=0.))
+    asked = self.sampling(settings)
     known = dict(n=CANDIDATES, tuning=b.tuning, folder=self.temp.name)
     x = redo(model, codec, b.x.part(n=n), take.solo, [(start, end)], seed, report, **known, **asked)
     new = self.add(f'{take.name}, bars {first}-{last}', seed, settings, max(0, start - 2))
@@ -369,6 +371,7 @@ def file_name(
     "A name for files."
     return re.sub(r'[^\w\- ]+', '-', name).strip(' -')[:80] or 'take'
 
+# %% ../nbs/08b_studio.ipynb #49624df5
 @patch
 def write(self:Session,
     take:Take,
@@ -576,6 +579,7 @@ class Studio(widgets.VBox):
         self.source.show(backing)
         self.choose()
 
+# %% ../nbs/08b_studio.ipynb #fbe16b30
 @patch
 def controls(self:Studio, folder:str):
     "The buttons and fields that are not of a row of their own."
@@ -609,6 +613,7 @@ def told(self:Studio, kind, buffers=(), **about):
     if boxes != self.list.children: self.list.children = boxes
     if self.there: self.deck.tell(kind, buffers, **about)
 
+# %% ../nbs/08b_studio.ipynb #2a8742f7
 @patch
 def say(self:Studio, text='', bad=False):
     "A sentence below the picture."
@@ -645,6 +650,7 @@ def choose(self:Studio, path=None, name=None):
         seconds=src.seconds.value or None, name=name)
     self.player.do(self.opened, *job)
 
+# %% ../nbs/08b_studio.ipynb #51a01f9b
 @patch
 def opened(self:Studio, how, what:str, settings:dict):
     "Open a backing, in the thread that plays."
@@ -664,6 +670,7 @@ def guess(self:Studio):
     self.session.estimate()
     if b := self.session.backing: self.bars.max = max(1, len(b.bars))
 
+# %% ../nbs/08b_studio.ipynb #8ce3b8d5
 @patch
 def interrupt(self:Studio)->int: # names what is asked for next
     "End the take that is being played, and those that wait."
@@ -700,6 +707,7 @@ def played(self:Studio, turn:int, seed:int, settings:dict):
     self.say(f'{take.name}: {n/SAMPLE_RATE:.1f} s, made in {time.time() - t0:.1f} s')
     self.helper.do(self.judged, take)
 
+# %% ../nbs/08b_studio.ipynb #2fa3d8ad
 @patch
 def judged(self:Studio, take:Take):
     "Score a take and show it, in the thread that helps."
@@ -708,6 +716,7 @@ def judged(self:Studio, take:Take):
     words = score_words(take.scores, self.session.backing.estimated)
     if row := self.rows.get(take.id): row.scores.value = escape(words)
 
+# %% ../nbs/08b_studio.ipynb #fc357b17
 @patch
 def marked(self:Studio, bars:list):
     "Mark bars, in the picture and on the slider; [] leaves the slider."
@@ -738,6 +747,7 @@ def redone(self:Studio, turn:int, id:str, bars:tuple, seed:int, settings:dict):
     self.say(f'{new.name}: as {take.name}, but for these bars')
     self.helper.do(self.judged, new)
 
+# %% ../nbs/08b_studio.ipynb #88060365
 @patch
 def stop(self:Studio):
     "Stop the generation, and the sound."
@@ -783,6 +793,7 @@ def received(self:Studio, _, content:dict, buffers:list):
         self.helper.do(self.session.announce)
     if content.get('kind') == 'upload': self.uploaded(content, bytes(buffers[0]))
 
+# %% ../nbs/08b_studio.ipynb #637bca9d
 @patch
 def uploaded(self:Studio, about:dict, data:bytes):
     "A piece of an upload; the last one opens it."
@@ -794,6 +805,7 @@ def uploaded(self:Studio, about:dict, data:bytes):
     self.deck.tell('more')
     if at + len(data) >= about['size']: self.choose(str(path), name)
 
+# %% ../nbs/08b_studio.ipynb #8bd9ac9d
 def _close_all(w):
     "Close a widget and all that it is made of."
     for c in (*getattr(w, 'children', ()), w.layout, getattr(w, 'style', None)):
@@ -811,6 +823,7 @@ def close(self:Studio):
     for w in (self.player, self.helper): w.close()
     _close_all(self)
 
+# %% ../nbs/08b_studio.ipynb #c2d7da66
 _open = []
 
 def studio(
