@@ -489,7 +489,7 @@ class Knobs:
         self.density = _slider('how much it plays', -1, 1, KNOBS['density'])
         self.guidance = _slider('how closely it listens', 1, 5, KNOBS['guidance'])
         self.temperature = _slider('how bold', .1, 1.2, KNOBS['temperature'])
-        self.changes = _slider('stays on the changes', 0, MOST_WEIGHT, KNOBS['changes'])
+        self.changes = _slider('stays on chords', 0, MOST_WEIGHT, KNOBS['changes'])
         self.seed = widgets.BoundedIntText(1, min=0, max=2**53, description='solo number',
             style=dict(description_width='initial'), layout=widgets.Layout(width='13em'))
 
