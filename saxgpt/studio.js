@@ -127,7 +127,7 @@ class Deck {                                          // one clock for backing a
   on_backing_sound(m, [b]) { if (this.backing && m.id === this.backing.id) this.backing.add(b, m.at) }
   on_take(m) {
     this.takes.set(m.id, new Track(m))
-    if (!m.fresh) return
+    if (!m.fresh) { if (this.model.get('current') === m.id) this.current = m.id; return }   // the page was loaded again
     this.halt(); this.other = this.current; this.current = m.id; this.at = m.at || 0; this.need = START; this.wanted = true
     this.model.set('current', m.id); this.model.set('marked', []); this.model.save_changes()
   }

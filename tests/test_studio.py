@@ -201,6 +201,15 @@ def test_bars_are_marked_and_played_again_and_a_click_seeks(page):
     assert abs(b.js(f'{DECK}.position') - bars[2]) < .1 and b.js(f"{DECK}.model.get('marked')") == []
 
 
+def test_a_page_that_asks_again_is_told_all(page):
+    b = page
+    about = f"[{DECK}.backing.n, {DECK}.current, ...[...{DECK}.takes.values()].map(t => [t.name, t.n, t.done, t.gain])]"
+    old = b.js(about)
+    b.js(f"{DECK}.backing = null; {DECK}.takes.clear(); {DECK}.model.send({{kind: 'hello'}})")   # as after a reload
+    b.until(f"{DECK}.backing && {DECK}.takes.size === 3 && [...{DECK}.takes.values()].every(t => t.done)")
+    assert b.js(about) == old and len(old) == 5
+
+
 def test_uploads(page, tmp_path):
     b = page
     (tmp_path/'words.txt').write_text('Dm7 G7 Cmaj7')
