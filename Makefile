@@ -1,4 +1,4 @@
-# make solo: set up and play a solo over the bundled demo backing.   make solo BACKING=my.mp3: over your own.
+# make solo: set up and play a solo over the bundled demo backing.   make solo BACKING=my.mp3: over your own.   make studio: a page to play with.
 # make test: set up and test everything.   make prepare: before a commit.   make weights: the bundled weights, from nothing.
 # make image IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG: the image that trains in the cloud.   PUSH=1: into its registry too.   CUDA=cu126: for V100 and older.
 
@@ -17,7 +17,7 @@ FULL := .venv/.full-$(KEY)
 PIP := $(V)/pip install -q --disable-pip-version-check
 UV := $(V)/uv pip install -q --python $(V)/python -b requirements.lock
 
-.PHONY: solo test core env lock sync notebooks readme prepare export weights lab image
+.PHONY: solo studio test core env lock sync notebooks readme prepare export weights lab image
 
 solo: core
 	@$(V)/python -m saxgpt.generate "$(BACKING)" -o out/solo.wav --mix out/mix.wav --plot out/solo.png
@@ -71,6 +71,9 @@ export: env
 
 prepare: env
 	$(V)/nbdev_clean && $(V)/nbdev_export && $(V)/python tests/readme.py
+
+studio: env
+	$(V)/python -m saxgpt.studio
 
 lab: env
 	$(V)/jupyter lab nbs
