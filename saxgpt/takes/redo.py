@@ -58,7 +58,7 @@ def bar_ranges(
     duration:float, # of the tune, s
 )->list: # (start, stop), s, in order and apart
     "The stretches of time that a text names."
-    edges = [float(d) for d in downbeats if 0 <= d < duration - .05] + [float(duration)]
+    edges = [max(0., float(d)) for d in downbeats if -.05 < d < duration - .05] + [float(duration)]
     out = []
     for a, b in sorted(_range(part.strip(), edges) for part in str(text).split(',')):
         if out and a <= out[-1][1] + 1e-6: out[-1] = out[-1][0], max(b, out[-1][1])
@@ -117,6 +117,7 @@ class PunchIn:
         self.hop = codec.hop/self.speed            # samples of the take in a frame
         self.a, self.b = (quiet_frame(take, f, reach, self.hop) for f in (a, b))
         self.model, self.codec, self.take, self.T = model, codec, take, T
+        self.level = loudness(take)                # LUFS
         self.start, self.stop = max(0, self.a - s.before), min(T, self.b + s.after)
         codes = LazyEncoder(codec, take, tuning=s.tuning, folder=s.folder)
         self.past = codes[..., self.start:self.a]
@@ -191,7 +192,7 @@ def decode(self:PunchIn,
     a, b, n = self.at(self.a) - at, self.at(self.b) - at, old.shape[1]
     y, known = np.pad(np.concatenate([*blocks], 1), ((0, 0), (0, 9)))[:, :n], np.ones(n, bool)
     known[a:b] = False
-    level = loudness(self.take)
+    level = self.level
     usual = 10**((level - BACKING_LUFS)/20) if np.isfinite(level) else 1.
     power = [np.square(x[:, known]).sum() + 1e-9 for x in (old, y)]
     y = y*np.float32(np.clip(np.sqrt(power[0]/power[1]), usual/2, usual*2))
@@ -327,7 +328,8 @@ def redo(
     for start, stop in sorted(ranges):
         a, b = (min(round(t*rate), codes.shape[2]) for t in (start, stop))
         if stop*SAMPLE_RATE > x.shape[1] - codec.hop/2: b = codes.shape[2]
-        if not 0 <= a < b: raise ValueError(f'redo: from {start:g} s to {stop:g} s is no stretch')
+        if not 0 <= a < b: raise ValueError(
+            f'redo: from {start:g} s to {stop:g} s is no stretch of 20 ms or more')
         part = PunchIn(model, codec, codes, x, (a, b), s)
         report = progress and (lambda n, before=done: progress(before + n))
         x = part.choose(part.play(candidate_seeds(seed, a, s.n), report, **play))
