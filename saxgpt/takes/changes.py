@@ -200,6 +200,7 @@ def _tries(x, chart, beats, options, tuning): # on every k-th half beat from the
     _, *both, _ = half_bars(x, fine, fine, tuning)
     for k, first in options:
         n = (both[0].shape[1] - first)//k
+        if n < 2: continue                               # no two beats of it
         heard = [v[:, first:first + n*k].reshape(12, n, k).mean(2) for v in both]
         yield *_best(chart_agreement(chart, *heard)), fine[first::k][:n], heard
 
