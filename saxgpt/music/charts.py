@@ -19,8 +19,10 @@ from .theory import NAMES, Chord, chord, is_minor
 
 # %% ../../nbs/12m_charts.ipynb #447260d1
 WORDS = [ # what is written, what it is called here
+    (r'[(,/] ?(?=(9|11|13)\b)', 'add'), ('7M(?!aj)', 'M7'), # 7(13), and 7M of Brazil
+    ('(?i:sus|alt|dim|aug)', lambda m: m[0].lower()),
     (r'[(), ]', ''), ('♭', 'b'), ('♯', '#'), (r'^[øØ∅h](7|9|11)?', 'm7b5'), ('^[°ºo]', 'dim'),
-    (r'^(?i:minor|min)|^mi(?!n)|^[-–−]', 'm'), (r'(?i:major|maj)|Ma|MA|ma(?!dd)|M|[ΔΔ∆△^]', 'maj'),
+    (r'^(?i:minor|min|mi)|^[-–−]', 'm'), (r'(?i:major|maj)|Ma|MA|ma(?!dd)|M|[ΔΔ∆△^]', 'maj'),
     (r'^(\+|augmented)', 'aug'), ('^dom', ''), ('[-–−]', 'b'), (r'\+(?=\d)', '#'), (r'\+$', '#5'),
     ('6/9|6add9', '69'), ('^diminished', 'dim')]
 
@@ -74,7 +76,7 @@ SPELLINGS = ( # to choose the nearest from
     '|6|69|add9|maj7|maj9|maj7#11|maj7#5|7|9|13|7b9|7#9|7#11|7#5|7b13|7alt|13b9|sus4|7sus4|9sus4|'
     'm|m6|m7|m9|m11|mMaj7|m7b5|dim|dim7|aug').split('|')
 NO_CHORD, _ROOT = 'N.C.', '[A-G][b#♭♯]?'
-_SYMBOL = re.compile(f'(?P<root>{_ROOT})(?P<quality>.*?)(?:/(?P<bass>{_ROOT}))?')
+_SYMBOL = re.compile(f'(?P<root>{_ROOT})(?P<quality>.*?)(?<!,)(?:/(?P<bass>{_ROOT}))?')
 
 def _pitch_class(name): # of 'Eb', 'F♯'
     return ('C.D.EF.G.A.B'.index(name[0]) + sum(-1 if x in 'b♭' else 1 for x in name[1:])) % 12
@@ -94,11 +96,10 @@ def nearest_symbol(
     symbol:str, # one that is not known
 )->str: # one that is; '' if none comes near
     "What was meant, perhaps."
-    upper = symbol[:1].upper() + symbol[1:]
+    upper = symbol[:1].upper().replace('H', 'B') + symbol[1:]   # B is H in German
     if read_symbol(upper): return upper
     root = re.match(_ROOT, upper)
-    roots = [root[0]] if root else NAMES
-    options = [r + q for r in roots for q in SPELLINGS]
+    options = [root[0] + q for q in SPELLINGS] if root else []
     return next(iter(difflib.get_close_matches(upper[:24], options, 1, .3)), '')
 
 # %% ../../nbs/12m_charts.ipynb #dc4617b1
@@ -126,6 +127,8 @@ def read_bar(
 def _checked(word): # a symbol that is known
     if re.fullmatch(r'(?i)n\.?c\.?', word): return NO_CHORD
     if word == '%': raise ValueError('% stands alone in its bar; write the chord again')
+    if re.fullmatch(r'(?i)d\.?[cs]\..*|fine|coda', word): raise ValueError(
+        f'{word[:24]} is not followed; name the sections, and write their order as form: A B A')
     if len(word) < 32 and read_symbol(word): return word
     near = nearest_symbol(word)
     near = f'; nearest is {near}' if near else ''
@@ -251,6 +254,10 @@ def _text(c): # a chart as it is written
 # %% ../../nbs/12m_charts.ipynb #49da5c86
 HEADERS = 'title', 'key', 'bpm', 'feel', 'time', 'form'
 _MARKS = re.compile(r':\|(?:\s*[x×]\s*\d+)?|\|:|\|[|\]]|\||\[\d\.|\[[^\[\]|]*\]|\]|[^\s|\[\]:]+|.')
+_SAME = [ # in lead sheets, and here
+    (r'(?<![^\s|])\((?=[A-Gx])((?:[^()]|\([^()]*\))*)\)', r'\1'), # (Em7 A7), (x2)
+    (r'\|\s*(\d)\.?(?=\s)', r'| [\1.'), (r'\[(\d)(?=\s)', r'[\1.'), (':\|:', ':| |:'),
+    (r'\./\.', '%')]
 _HEADER = re.compile(r'\s*([A-Za-z]\w*)\s*:(?!\|)\s*(.*?)\s*$')
 
 def _words(text): # (number of the line, word or mark); headers as (number, (name, value))
@@ -259,8 +266,9 @@ def _words(text): # (number of the line, word or mark); headers as (number, (nam
         if m := _HEADER.match(line):
             yield number, (m[1].lower(), m[2])
             continue
+        for written, mark in _SAME: line = re.sub(written, mark, line)
         line = re.sub(r'\([^()]*\)', lambda m: m[0].replace(' ', ''), line)
-        for word in _MARKS.findall(line.replace(':|:', ':| |:')):
+        for word in _MARKS.findall(line):
             if word.strip(): yield number, word
         yield number, '\n'
 
@@ -268,7 +276,8 @@ def _headers(lines): # name: value, checked
     found = {}
     for number, (name, value) in lines:
         if name not in HEADERS: raise ValueError(
-            f'line {number}: {name[:24]}: is no header; there are {", ".join(HEADERS)}')
+            f'line {number}: {name[:24]}: is no header; there are '
+            f'{", ".join(HEADERS)}; a section is written [{name[:24]}]')
         if name in found: raise ValueError(f'line {number}: {name}: is given twice')
         found[name] = value
     return found
@@ -362,7 +371,8 @@ def _read(source): # text, and what to call it
         raise ValueError(f'{text}: no such file; give a file, or text with | between bars')
     with open(text, 'rb') as f: data = f.read(MAX_SIZE + 1)
     try: return data.decode('utf-8-sig'), text
-    except UnicodeDecodeError: raise ValueError(f'{text}: is no text in UTF-8') from None
+    except UnicodeDecodeError:
+        raise ValueError(f'{text}: is no text in UTF-8; save it as that') from None
 
 def read_chart(
     source, # text of a chart, or a file that holds one
