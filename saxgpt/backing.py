@@ -7,7 +7,7 @@ __all__ = ['MAX_SECONDS', 'choose_feel', 'draw_settings', 'lay_out_chart', 'comp
            'main']
 
 # %% ../nbs/12n_backing.ipynb #14486071
-import difflib, json, math, os
+import difflib, json, math, os, shlex
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,8 @@ def choose_feel(
     if not name: return able[0]
     if name in able: return name
     if name in FEELS: raise ValueError(f'feel: {name} is in {FEELS[name].signature}, and the chart '
-                                       f'in {time}; in {time} there are {", ".join(able)}')
+                                       f'in {time}, where there are {", ".join(able)}; '
+                                       f'or begin it with a line time: {FEELS[name].signature}')
     near = difflib.get_close_matches(name, FEELS, 1)
     hint = f'did you mean {near[0]}? ' if near else ''
     raise ValueError(f'feel: there is no {name!r}; {hint}There are {", ".join(FEELS)}')
@@ -117,7 +118,7 @@ def compose_backing(
     chords = [c._replace(start=beats[b], end=beats[b + n]) for b, n, c in line.spans
               if not any(a <= b < end for a, end in silent)]
     key, swing = NAMES[home.root] + ' minor'*is_minor(home), w['swing'] if f.grid == 1 else .5
-    return Tune([seed], chart.title or 'a chart', key, w['bpm'], swing, w['sax'],
+    return Tune([seed], chart.title[:200] or 'a chart', key, w['bpm'], swing, w['sax'],
         math.ceil(beats[-1]*50)/50, chords, beats[:-1], [],
         {t: play(t) for t in tracks_of(w['band'])}, (), w['feel'], w['band'], f.signature,
         beats[:-1:f.meter], w['tuning'], w, fonts)
@@ -176,8 +177,9 @@ def write_backing(
     inputs = [p for p in [str(source)] if len(p) < 1024 and '\n' not in p and os.path.isfile(p)]
     if out.suffix.lower() not in ('.wav', '.flac', '.ogg', '.opus', '.mp3'):
         raise ValueError(f'{out}: give it one of the endings .wav .flac .ogg .opus .mp3')
-    if os.path.lexists(beside) and not read_made(beside): raise ValueError(
-        f'{beside}: is no file of saxgpt backing and would be lost; give the output another name')
+    there = [p for p in (beside, out) if os.path.lexists(p)]
+    if there and not read_made(beside): raise ValueError(
+        f'{there[0]}: is not from saxgpt backing and would be lost; give the output another name')
     out, beside = output_path(out, *inputs), output_path(beside, *inputs, named=False)
     x, truth = make_backing(chart, **how)
     write_audio(out, x)
@@ -203,4 +205,4 @@ def main(
     out, beside, t = write_backing(chart, output, key, count_in=count_in, **how)
     print(f'backing  {out}  ({t["duration"]:.0f} s, {t["feel"]} in {t["key"]}, {t["bpm"]:g} bpm)')
     print(f'truth    {beside}')
-    print(f'A solo over it:  saxgpt generate {out} -o solo.wav')
+    print(f'A solo over it:  saxgpt generate {shlex.quote(str(out))} -o solo.wav')
