@@ -9,6 +9,7 @@ __all__ = ['SAX_KEYS', 'STEP', 'WINDOW', 'LAGS', 'CHANGE', 'REPEAT', 'BEGIN', 'E
            'BeatGrid', 'beat_grid', 'tempo_changes', 'write_midi']
 
 # %% ../../nbs/12o_notes.ipynb #13ae5d03
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -299,7 +300,7 @@ class BeatGrid(NamedTuple):
 # %% ../../nbs/12o_notes.ipynb #bf45ca4f
 def _meter(truth, beats, downbeats): # beats in a bar, quarters in a beat
     top, _, bottom = str(truth.get('meter', '')).partition('/')
-    if top.isdigit() and 0 < int(top) < 33:
+    if re.fullmatch('[0-9]{1,2}', top) and 0 < int(top) < 33:
         return (int(top)//3, 1.5) if bottom == '8' and int(top) % 3 == 0 else (int(top), 1.)
     between = np.diff(np.searchsorted(beats, np.asarray(downbeats) - .02))
     between = between[(between > 0) & (between < 33)]

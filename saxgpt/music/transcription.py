@@ -267,7 +267,7 @@ def crop_truth(
     chords = [dict(scale=c['tones']) | c for c in chords]      # without a scale, the chord's notes
     chords = [c | dict(start=c['start'] - start, end=c['end'] - start) for c in chords
               if c['end'] > start and c['start'] < start + seconds]
-    b, downbeats = np.asarray(truth['beats'], float) - start, truth.get('downbeats', ())
+    b, downbeats = np.asarray(truth.get('beats', ()), float) - start, truth.get('downbeats', ())
     bars = np.asarray(downbeats, float) - start if len(downbeats) else b[::4]
     halves = b[::2]
     if truth.get('meter') == '3/4': halves = np.union1d(bars, [c['start'] for c in chords])
@@ -295,13 +295,17 @@ def describe_backing(
 
 # %% ../../nbs/12j_transcription.ipynb #18c6dd57
 def _plays(truth): # whether pictures and measures can use a truth.json
-    def number(v, low=-math.inf): return isinstance(v, (int, float)) and low < v < 1e9
+    def number(v, low=-1e6): return isinstance(v, (int, float)) and low < v < 1e6
     def notes(v): return isinstance(v, list) and all(isinstance(t, int) and 0 <= t < 12 for t in v)
     def times(v): return isinstance(v, list) and all(map(number, v)) and v == sorted(v)
+    def short(v): return isinstance(v, str) and v.isprintable() and len(v) < 100
     def chord(c): return (
-        isinstance(c, dict) and number(c.get('start')) and number(c.get('end'), c['start'])
-        and isinstance(c.get('name'), str) and notes(c.get('tones')) and notes(c.get('scale', [])))
+        isinstance(c, dict) and number(c.get('start')) and number(c.get('end'), c['start'] + .01)
+        and short(c.get('name', 0)) and c['name'] and notes(c.get('tones'))
+        and notes(c.get('scale', [])))
+    def apart(cs): return all(a['end'] < b['start'] + .01 for a, b in zip(cs, cs[1:]))
     return (isinstance(truth.get('chords'), list) and all(map(chord, truth['chords']))
+            and apart(truth['chords']) and len(str(truth.get('key', '')) + str(truth.get('form', ''))) < 1000
             and times(truth.get('beats', [])) and times(truth.get('downbeats', []))
             and number(truth.get('bpm', 1), 0) and number(truth.get('swing', .5))
             and number(truth.get('tuning', 0.), -1200) and truth.get('tuning', 0.) < 1200)
@@ -340,8 +344,8 @@ def truth_beside(
     if not (truth := read_made(beside)):
         return read_truth(path.with_name('truth.json')) if path.stem == 'backing' else {}
     length = truth.get('duration')
-    fits = isinstance(length, (int, float)) and -length < seconds - length < .5
-    if _plays(truth) and fits and (cut or seconds > length - .5): return truth
+    fits = isinstance(length, (int, float)) and seconds - .5 < length < 1e6
+    if _plays(truth) and fits and (cut or length < seconds + .5): return truth
     why = f'is not about this sound of {seconds:.1f} s' if _plays(truth) else 'is damaged'
     notify(f'{beside}: {why}; chords and beats are not taken from it')
     return {}
