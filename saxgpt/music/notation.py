@@ -8,7 +8,7 @@ __all__ = ['FEES', 'COMPOUND', 'STEPS', 'ABOVE_C', 'CHORD_KINDS', 'READS', 'feel
            'write_score', 'notes_paths', 'write_notes']
 
 # %% ../../nbs/12p_notation.ipynb #20ff8c98
-import os
+import os, re
 from fractions import Fraction
 from importlib.util import find_spec
 from itertools import combinations
@@ -198,8 +198,7 @@ def fifths_of(
     name:str, # begins with a note: 'Bb', 'F#m7b5'
 )->int: # steps from C on the line of fifths
     "A note's place on the line of fifths."
-    rest = name[1:]
-    alter = len(rest) - len(rest.lstrip('#')) - (len(rest) - len(rest.lstrip('b')))
+    alter = {'#': 1, '♯': 1, 'b': -1, '♭': -1}.get(name[1:2], 0)
     return STEPS.index(name[0]) - 1 + 7*alter
 
 # %% ../../nbs/12p_notation.ipynb #0e7153ac
@@ -253,17 +252,18 @@ def kind_of(
     return max(CHORD_KINDS, key=lambda k: len(own & {*CHORD_KINDS[k]})/len(own | {*CHORD_KINDS[k]}))
 
 # %% ../../nbs/12p_notation.ipynb #e9018c7b
+_NAME = re.compile('([A-G][b#♭♯]?)(.*?)(?:/([A-G][b#♭♯]?))?', re.S)
+
 def _symbol(c, sharps, shift): # a chord of the truth for music21
     from music21.harmony import ChordSymbol
-    head, _, bass = c['name'].partition('/')
+    root, kind, bass = _NAME.fullmatch(c['name']).groups()
     def written(name): # music21 writes Bb as B-
         fifths = fifths_of(name) + shift
         step, alter = _name(_near(fifths, sharps) if shift else fifths)
         return step + '-'*-alter + '#'*alter
-    root = head[:1 + (head[1:2] in ('b', '#'))]
-    bass = dict(bass=written(bass)) if bass[:1] in STEPS and bass else {}
+    bass = dict(bass=written(bass)) if bass else {}
     symbol = ChordSymbol(root=written(root), kind=kind_of(c['tones']), **bass)
-    symbol.chordKindStr = head[len(root):]
+    symbol.chordKindStr = kind
     return symbol
 
 # %% ../../nbs/12p_notation.ipynb #a0260de7
@@ -387,12 +387,14 @@ def write_notes(
     instrument:str='concert', # of `READS`
 ): # writes
     "Write what a solo plays, or say in one line why it is not there."
-    midi, *score = paths
+    midi, *score = missing = list(paths)
     try:
         with without_warnings():
             notes, truth = notes_of(solo, truth.get('tuning', 0.)), _with_beats(truth, backing)
             if not notes: notify(f'{midi}: empty, no note was heard in the solo')
             write_midi(midi, notes, truth, instrument)
+            missing.remove(midi)
             for path in score: write_score(path, notes, truth, instrument, printable(midi.stem))
     except Exception as e:
-        notify(f'{midi}: no notes, {printable(reason(e))[:200]}; all else is written')
+        notify(f'{", ".join(map(str, missing))}: not written, {printable(reason(e))[:200]}; '
+               'all else is written')
