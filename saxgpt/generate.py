@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PIECES', 'FAR', 'STRANGE_GUIDANCE', 'IN_TUNE', 'distance_to_corpus', 'notice_strange', 'band_tuning', 'out_paths',
            'read_sound', 'read_backing', 'steps_bar', 'write_sound', 'write_plot', 'write_solos', 'FileOptions',
-           'check_request', 'Inputs', 'read_inputs', 'harmony_of', 'matching_codec', 'resolve_settings',
-           'place_outputs', 'play_inputs', 'generate_file', 'print_summary', 'parse_numbers', 'main']
+           'check_request', 'Inputs', 'read_inputs', 'matching_codec', 'resolve_settings', 'place_outputs',
+           'play_inputs', 'generate_file', 'print_summary', 'parse_numbers', 'main']
 
 # %% ../nbs/08c_generate_command.ipynb #716e7470
 import math, os, shlex, sys, time
@@ -208,7 +208,7 @@ def write_solos(
 ) -> list: # the paths; the plot is None where it could not be drawn
     "Write solos, mixes, notes and pictures; raises `KeyboardInterrupt` where playing was interrupted."
     cut, x = solos.shape[1] < x.shape[1], x.part(n=solos.shape[1])
-    solos = [solos.part(slice(i, i + 1)) for i in range(len(paths))]
+    solos = [solos.part(slice(i, i + 1)) for i in range(len(solos))]
     if redone is None: solos = [normalize_loudness(s) for s in solos]
     x, rows = normalize_loudness(x), []
     for row, solo in zip(paths, solos): write_sound(*row[:2], solo, x)
@@ -217,8 +217,9 @@ def write_solos(
         drawn = write_plot(row[2], solo, x, truth, name, redone or ())
         rows.append((*row[:2], row[2] if drawn else None))
     kept = ', '.join(str(p) for row in rows for p in row if p)
-    if cut:
-        raise KeyboardInterrupt(f'the first {x.shape[1]/SAMPLE_RATE:.1f} s are kept: {kept}')
+    if cut: raise KeyboardInterrupt(f'the first {x.shape[1]/SAMPLE_RATE:.1f} s are kept: {kept}')
+    if len(rows) < len(paths):
+        raise KeyboardInterrupt(f'{len(rows)} of {len(paths)} solos are kept: {kept}')
     return rows
 
 # %% ../nbs/08c_generate_command.ipynb #c483f8d6
@@ -273,11 +274,12 @@ class Inputs(NamedTuple):
     truth: dict # what is known about it, with its tuning
     folder: object # where long sounds wait, see `TempAudio`
     prompt: object = None # (1, P), that solos begin with
+    harmony: object = None # its chords, which are looked for when they are asked for
     take: object = None # (1, N), a solo of which `ranges` are played again
     ranges: list = None # (start, stop), s
 
-def read_inputs(backing, out, o:FileOptions)->Inputs:
-    "Read what the request names."
+def read_inputs(backing, out, o:FileOptions, chart=None)->Inputs:
+    "Read what the request names, and lay the chart onto the backing."
     folder = next((p for p in Path(out).absolute().parents
                    if p.is_dir() and os.access(p, os.W_OK | os.X_OK)), None)
     path, x, truth = read_backing(backing, o.seconds, folder)
@@ -285,15 +287,15 @@ def read_inputs(backing, out, o:FileOptions)->Inputs:
     if prompt is not None and prompt.shape[1] >= x.shape[1]: raise ValueError(
         f'{o.prompt}: is as long as the backing, which leaves nothing to play')
     truth = truth | dict(tuning=band_tuning(x, truth, o.tuning))
-    if o.take is None: return Inputs(path, x, truth, folder, prompt)
-    take = fit_take(read_sound(o.take, o.seconds, folder), x.shape[1], o.take)
-    ranges = bar_ranges(o.redo, downbeats_of(x, truth), x.shape[1]/SAMPLE_RATE)
-    return Inputs(path, x, truth, folder, prompt, take, ranges)
-
-def harmony_of(i:Inputs, chart, o:FileOptions):
-    "The chords of the backing, which are looked for when they are asked for."
     name = str(o.chart) if os.path.isfile(str(o.chart)) else 'chart'
-    return Harmony(i.sound, i.truth, chart, name)
+    harmony = Harmony(x, truth, chart, name)
+    if chart: truth = harmony.truth
+    if o.take is None: return Inputs(path, x, truth, folder, prompt, harmony)
+    take = fit_take(read_sound(o.take, o.seconds, folder), x.shape[1], o.take)
+    bars = any('s' not in part for part in o.redo.split(','))   # else nobody asks for beats
+    downbeats = downbeats_of(x, truth) if bars else ()
+    ranges = bar_ranges(o.redo, downbeats, x.shape[1]/SAMPLE_RATE)
+    return Inputs(path, x, truth, folder, prompt, harmony, take, ranges)
 
 def matching_codec(name, about:dict, checkpoint, device):
     "The codec `name`, or the one of the checkpoint; `ValueError` unless they agree."
@@ -361,22 +363,22 @@ def generate_file(
     chart = read_chart(o.chart) if o.chart else None
     model, about = load_model(checkpoint, 'cuda' if torch.cuda.is_available() else 'cpu')
     if o.light: model = quantize_decoder(model)
-    i = read_inputs(backing, out, o)
+    i = read_inputs(backing, out, o, chart)
     codec = matching_codec(o.codec, about, checkpoint, model.null.device)
     files = i.path, i.path.with_name('truth.json'), o.prompt, o.take, checkpoint, o.codec, o.chart
     paths, notes = place_outputs(paths, (out, mix, plot), files, o)
-    settings, harmony = resolve_settings(settings, model, about, codec, i), harmony_of(i, chart, o)
-    steer = hold_to_changes(codec, harmony, o.stay_on_changes, settings['temperature'])
+    settings = resolve_settings(settings, model, about, codec, i)
+    steer = hold_to_changes(codec, i.harmony, o.stay_on_changes, settings['temperature'])
     seeds = [seed + k for k in range(n)]
     solos = play_inputs(i, model, codec, seeds, o.progress, compiled=o.compiled, steer=steer,
                         **settings)
-    truth = harmony.truth if chart else i.truth
+    seeds = seeds[:len(solos)]   # fewer, where redoing was interrupted
     if o.keep:
-        solos, seeds, table = keep_best(solos, i.sound, truth, seeds, o.keep)
+        solos, seeds, table = keep_best(solos, i.sound, i.truth, seeds, o.keep)
         if o.report: o.report(table)
     name = 'the demo backing' if str(backing) == 'demo' else i.path.name
     titles = [f'{name}, seed {s}' for s in seeds]
-    return write_solos(paths, solos, i.sound, truth, titles, notes, i.ranges)
+    return write_solos(paths, solos, i.sound, i.truth, titles, notes, i.ranges)
 
 # %% ../nbs/08c_generate_command.ipynb #562b7ab5
 def print_summary(

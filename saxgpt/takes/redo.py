@@ -346,11 +346,14 @@ def redo_solos(
     seeds:list, # n seeds
     progress=None, # called with the number of frames done, of all solos
     **settings, # as of `redo`
-)->Sound: # (n, N)
+)->Sound: # (n, N); fewer if interrupted
     "A take with some stretches of it played again, once for each seed."
     frames, solos = round(codec.frame_rate*sum(b - a for a, b in ranges)), []
     for i, seed in enumerate(seeds):
         report = progress and (lambda n, before=i*frames: progress(before + n))
-        solos.append(redo(model, codec, backing, take, ranges, seed, report, **settings))
+        try: solos.append(redo(model, codec, backing, take, ranges, seed, report, **settings))
+        except KeyboardInterrupt:
+            if not solos: raise
+            break
     def make(a, b): return np.concatenate([s[:, a:b] for s in solos])
-    return Sound((len(seeds), backing.shape[1]), make)
+    return Sound((len(solos), backing.shape[1]), make)
