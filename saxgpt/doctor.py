@@ -99,8 +99,10 @@ def check_solo()->str:
     with tempfile.TemporaryDirectory() as d:
         start = time.perf_counter()
         generate_file('demo', Path(d)/'solo.wav', seconds=1)
-        took, missing = time.perf_counter() - start, 3 - len(list(Path(d).iterdir()))
-    if missing: raise ValueError(f'{missing} of solo, mix and picture were not written')
+        took = time.perf_counter() - start
+        names = dict(solo='solo.wav', mix='solo-mix.wav', picture='solo.png', notes='solo.mid')
+        missing = [k for k, name in names.items() if not (Path(d)/name).is_file()]
+    if missing: raise ValueError(f'{", ".join(missing)}: not written')
     return f'1 s over the demo backing, with mix and picture, in {took:.1f} s'
 
 # %% ../nbs/15a_doctor.ipynb #f1ae8435
@@ -221,7 +223,8 @@ def check_caches()->str:
 
 # %% ../nbs/15a_doctor.ipynb #8fd9176e
 EXTRAS = dict(fad='FAD with VGGish, PANN, CLAP or EnCodec', vertex='Vertex AI and gs://',
-              ray='data stages on a Ray cluster', score='scores as MusicXML')
+              ray='data stages on a Ray cluster', score='scores as MusicXML',
+              studio='saxgpt studio')
 
 def check_extra(
     extra:str, # of `EXTRAS`

@@ -401,7 +401,7 @@ def print_summary(
         program = os.path.relpath(sys.executable)
         if Path(sys.executable).is_relative_to(Path.cwd()): here = f'{program} -m saxgpt.generate'
     solo, quote = paths[0][0], lambda p: shlex.quote(str(p))
-    print(f'Some bars of it again:  {here} {quote(backing)} --take {quote(solo)} --redo 9-16 '
+    print(f'Some bars of it again:  {here} {quote(backing)} --take {quote(solo)} --redo 1-2 '
           f'-o {quote(solo.with_stem(solo.stem + "-again"))}')
     print(f'Over your own recording, any format:  {here} my-track.mp3 -o out/my-solo.wav')
 

@@ -727,6 +727,8 @@ def marked(self:Studio, bars:list):
 @patch
 def redo(self:Studio):
     "Play the marked bars again."
+    if not self.halt.disabled:
+        return self.say('A take is being made: wait until it is whole, or stop it first.')
     self.player.do(self.redone, self.interrupt(), self.deck.current, self.bars.value,
                    int(self.knobs.seed.value), self.knobs.settings)
 

@@ -314,6 +314,7 @@ def beat_grid(
     beats = np.asarray([b for b in truth.get('beats', ()) if -60 < b < seconds + 60], float)
     beats = beats[np.r_[True, np.diff(beats) > .1]] if len(beats) else beats
     if len(beats) < 2 or np.diff(beats).max() > 8: beats = np.array([0., .5])
+    if 0 < beats[0] < .1*(beats[1] - beats[0]): beats[0] = 0.    # no sliver of a beat before it
     downbeats = truth.get('downbeats', ())
     downbeats = np.asarray(downbeats if len(downbeats) else beats[:1], float)
     meter, quarters = _meter(truth, beats, downbeats)
