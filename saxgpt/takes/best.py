@@ -112,7 +112,7 @@ def keep_best(
         rows = rank_takes(solos, x, truth, seeds)
         best, table = [r['take'] for r in rows[:keep]], takes_table(rows, keep)
     except KeyboardInterrupt:
-        best = list(range(keep))
-        table = f'The ranking was interrupted: the first {keep} of {len(seeds)} solos are kept.'
+        best = list(range(len(seeds)))[:keep]     # fewer, where redoing was interrupted, too
+        table = f'The ranking was interrupted: the first {len(best)} of {len(seeds)} solos are kept.'
     kept = Sound((len(best), solos.shape[1]), lambda a, b: solos[:, a:b][best])
     return kept, [seeds[i] for i in best], table

@@ -54,13 +54,15 @@ def _range(part, edges): # seconds of one range; `edges` of bars, the last is wh
 
 def bar_ranges(
     text:str, # bars from 1 or seconds: '9-16', '9', '9-', '12.5s-20s', several with commas
-    downbeats, # (n,) seconds at which bars begin
+    downbeats, # (n,) seconds at which bars begin, or a function that is asked where bars are named
     duration:float, # of the tune, s
 )->list: # (start, stop), s, in order and apart
     "The stretches of time that a text names."
+    parts = [part.strip() for part in str(text).split(',')]
+    if callable(downbeats): downbeats = () if all(map(_SECONDS.fullmatch, parts)) else downbeats()
     edges = [max(0., float(d)) for d in downbeats if -.05 < d < duration - .05] + [float(duration)]
     out = []
-    for a, b in sorted(_range(part.strip(), edges) for part in str(text).split(',')):
+    for a, b in sorted(_range(part, edges) for part in parts):
         if out and a <= out[-1][1] + 1e-6: out[-1] = out[-1][0], max(b, out[-1][1])
         else: out.append((a, b))
     return out
