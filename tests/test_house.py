@@ -36,6 +36,7 @@ layers = [
     {'train', 'generation'},
     {'takes'},
     {'generate'},
+    {'session'},
     {'evaluation', 'evaluate', 'sweep', 'worlds'},
     {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
 ]
