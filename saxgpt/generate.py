@@ -34,7 +34,7 @@ from .music.plots import plot_solo
 from .music.transcription import truth_beside, tuning_of
 from .ops.packages import without_warnings
 from .pretrained import load_model
-from .takes.redo import bar_ranges, downbeats_of, fit_take, redo_solos
+from .takes.redo import bar_ranges, fit_take, redo_solos
 from .sampling import (DEFAULT_SAMPLING, DEFAULT_SAMPLING_NO_CFG, check_settings,
     resolve_sampling)
 from .takes.changes import Harmony, check_weight, hold_to_changes
@@ -203,9 +203,9 @@ def write_solos(
     paths:list, # (solo, mix, plot) for each solo
     solos, # (n, N), 32 kHz: a `Sound`
     x, # the backing (1, M), at least as long
-    truth:dict, # what is known about it
+    harmony:Harmony, # of the backing: asked when all sound is written
     names:list, # titles of the pictures
-    notes=(), # functions of solo, backing and truth that write the notes of each
+    notes=(), # functions of solo and `describe` that write the notes of each
     redone:list=None, # (start, stop), s, of takes that keep their level; None: these are new
 ) -> list: # the paths; the plot is None where it could not be drawn
     "Write solos, mixes, notes and pictures; raises `KeyboardInterrupt` where playing was interrupted."
@@ -214,8 +214,7 @@ def write_solos(
     if redone is None: solos = [normalize_loudness(s) for s in solos]
     x, rows = normalize_loudness(x), []
     for row, solo in zip(paths, solos): write_sound(*row[:2], solo, x)
-    for write, solo in zip(notes, solos): write(solo, x, truth)
-    harmony = Harmony(x.part(n=SHOWN*SAMPLE_RATE), truth)   # estimated once, after all sound
+    for write, solo in zip(notes, solos): write(solo, lambda: harmony.truth)
     for row, solo, name in zip(paths, solos, names):
         drawn = write_plot(row[2], solo, x, harmony, name, redone or ())
         rows.append((*row[:2], row[2] if drawn else None))
@@ -274,10 +273,9 @@ class Inputs(NamedTuple):
     "What is played over, and what solos begin with or take the place of."
     path: Path # of the backing
     sound: object # (1, N), 32 kHz
-    truth: dict # what is known about it, with its tuning
+    harmony: Harmony # of the backing, with its tuning; beats and chords when they are asked for
     folder: object # where long sounds wait, see `TempAudio`
     prompt: object = None # (1, P), that solos begin with
-    harmony: object = None # its chords, which are looked for when they are asked for
     take: object = None # (1, N), a solo of which `ranges` are played again
     ranges: list = None # (start, stop), s
 
@@ -292,11 +290,11 @@ def read_inputs(backing, out, o:FileOptions, chart=None)->Inputs:
     truth = truth | dict(tuning=band_tuning(x, truth, o.tuning))
     name = str(o.chart) if os.path.isfile(str(o.chart)) else 'chart'
     harmony = Harmony(x, truth, chart, name)
-    if chart: truth = harmony.truth
-    if o.take is None: return Inputs(path, x, truth, folder, prompt, harmony)
+    if chart: harmony.truth                     # laid before the first note
+    if o.take is None: return Inputs(path, x, harmony, folder, prompt)
     take = fit_take(read_sound(o.take, o.seconds, folder), x.shape[1], o.take)
-    ranges = bar_ranges(o.redo, partial(downbeats_of, x, truth), x.shape[1]/SAMPLE_RATE)
-    return Inputs(path, x, truth, folder, prompt, harmony, take, ranges)
+    ranges = bar_ranges(o.redo, lambda: harmony.bars, x.shape[1]/SAMPLE_RATE)
+    return Inputs(path, x, harmony, folder, prompt, take, ranges)
 
 def matching_codec(name, about:dict, checkpoint, device):
     "The codec `name`, or the one of the checkpoint; `ValueError` unless they agree."
@@ -310,7 +308,7 @@ def resolve_settings(settings:dict, model, about:dict, codec, i:Inputs)->dict:
     chosen = settings.get('guidance') is not None
     settings, backings = resolve_sampling(settings, model.cfg.condition_dropout), about['backings']
     if not backings: return settings
-    known = dict(tuning=i.truth['tuning'], folder=i.folder)
+    known = dict(tuning=i.harmony.tuning, folder=i.folder)
     far = distance_to_corpus(codec, i.sound, backings, **known)
     settings, line = notice_strange(far, backings, settings, chosen)
     if line: notify(line)
@@ -321,7 +319,7 @@ def place_outputs(
     given:tuple, # the names that the user gave for these three, or None
     inputs:tuple, # files that are read and must stay as they are
     o:FileOptions,
-) -> tuple: # the same paths, resolved; a function of solo, backing and truth for each solo's notes
+) -> tuple: # the same paths, resolved; a function for each solo's notes, see `write_solos`
     "Where everything goes; raises `ValueError` where that would cost an input."
     named = [len(paths) == 1 and bool(p) for p in given]   # others follow from `out`
     notes = [[output_path(p, *inputs, named=False)
@@ -339,7 +337,7 @@ def play_inputs(
     **settings, # of `PlaySettings`
 ): # solos (n, N), 32 kHz: a `Sound`; shorter if interrupted
     "Solos over a backing, or the bars of a take played again."
-    known = dict(tuning=i.truth['tuning'], folder=i.folder)
+    known = dict(tuning=i.harmony.tuning, folder=i.folder)
     seconds = i.sound.shape[1]/SAMPLE_RATE
     if i.ranges: seconds = len(seeds)*sum(b - a for a, b in i.ranges)
     frames = math.ceil(seconds*2**(known['tuning']/1200)*codec.frame_rate)
@@ -375,11 +373,11 @@ def generate_file(
                         **settings)
     seeds = seeds[:len(solos)]   # fewer, where redoing was interrupted
     if o.keep:
-        solos, seeds, table = keep_best(solos, i.sound, i.truth, seeds, o.keep)
+        solos, seeds, table = keep_best(solos, i.sound, lambda: i.harmony.truth, seeds, o.keep)
         if o.report: o.report(table)
     name = 'the demo backing' if str(backing) == 'demo' else i.path.name
     titles = [f'{name}, seed {s}' for s in seeds]
-    return write_solos(paths, solos, i.sound, i.truth, titles, notes, i.ranges)
+    return write_solos(paths, solos, i.sound, i.harmony, titles, notes, i.ranges)
 
 # %% ../nbs/08c_generate_command.ipynb #562b7ab5
 def print_summary(

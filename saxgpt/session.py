@@ -22,8 +22,8 @@ from saxgpt.generate import (band_tuning, distance_to_corpus, matching_codec, no
     read_backing)
 from .generation import LazyEncoder, solo_sound
 from .model.decoding import play_codes
-from .music.notation import notes_paths, write_score
-from .music.notes import notes_of, write_midi
+from .music.notation import notes_paths, write_score, written_truth
+from .music.notes import downbeats_of, notes_of, write_midi
 from .music.scores import chord_tone_share
 from .ops.files import write_text
 from .ops.packages import without_warnings
@@ -70,11 +70,18 @@ class OpenBacking:
     name:str # for people
     x:object # sound (1, N), 32 kHz
     codes:object # `KeptCodes`
-    truth:dict # chords, beats, downbeats and more, as in truth.json; maybe empty
-    tuning:float = 0. # cents above A = 440 Hz
+    harmony:Harmony # what is known about it, and what is heard when it is asked for
     chords:list = () # dicts: start, end (s), name, tones
     bars:list = () # s at which bars begin
     estimated:bool = False # whether chords and bars come from the sound
+    lock:object = field(default_factory=threading.RLock) # so that it is listened to once
+
+    @property
+    def tuning(self)->float: return self.harmony.tuning # cents above A = 440 Hz
+
+    @property
+    def truth(self)->dict: # as in truth.json; estimated where it is not known
+        with self.lock: return self.harmony.truth
 
 # %% ../nbs/08g_session.ipynb #c7d5ce20
 @dataclass(eq=False)
@@ -132,17 +139,18 @@ def put(self:Session,
     "Put a sound on the desk."
     model, codec, about = self.band
     known = dict(tuning=band_tuning(x, truth), folder=self.temp.name)
-    codes = KeptCodes(codec.for_backing, x, **known)
-    b = OpenBacking(f'b{self.made}', name, normalize_loudness(x), codes, truth, known['tuning'])
+    codes, level = KeptCodes(codec.for_backing, x, **known), normalize_loudness(x)
+    harmony = Harmony(level, truth | dict(tuning=known['tuning']))
     self.takes.clear()
-    self.backing, self.made, self.number = b, self.made + 1, 0
-    if truth: self.know(truth)
+    self.backing = OpenBacking(f'b{self.made}', name, level, codes, harmony)
+    self.made, self.number = self.made + 1, 0
+    self.know(truth)
     self.announce()
     settings, line = {k: v for k, v in KNOBS.items() if k != 'changes'}, ''
     if about['backings']:
         distance = distance_to_corpus(codec, x, about['backings'], **known)
         settings, line = notice_strange(distance, about['backings'], settings, False)
-    next(play_codes(model, b.codes, [0], block=1, codec=codec, **settings))
+    next(play_codes(model, codes, [0], block=1, codec=codec, **settings))
     return settings, line
 
 # %% ../nbs/08g_session.ipynb #09c96051
@@ -160,14 +168,12 @@ def chart(self:Session,
 # %% ../nbs/08g_session.ipynb #bb709a9e
 @patch
 def know(self:Session,
-    truth:dict, # chords, beats, maybe downbeats, as in truth.json
-    estimated:bool=False, # whether they come from the sound
+    truth:dict, # chords, beats, maybe downbeats, as in truth.json; maybe nothing
 ):
     "Take chords and bars from what is known."
     b, seconds = self.backing, self.backing.x.shape[1]/SAMPLE_RATE
-    b.truth, beats = b.truth | truth, truth.get('beats') or ()
-    bars = truth.get('downbeats') or beats[::3 if truth.get('meter') == '3/4' else 4]
-    b.bars, b.estimated = [float(t) for t in bars if t < seconds - .05], estimated
+    b.bars = [float(t) for t in downbeats_of(truth) if t < seconds - .05]
+    b.estimated = truth.get('estimated', False)
     b.chords = [dict(start=max(0, c['start']), end=min(c['end'], seconds), name=c['name'],
                      tones=[int(t) for t in c['tones']], scale=list(c.get('scale', c['tones'])))
                 for c in truth.get('chords', ()) if c['start'] < seconds]
@@ -178,9 +184,9 @@ def estimate(self:Session):
     "Hear the chords and bars of a backing that nothing is known about."
     b = self.backing
     if b is None or b.chords: return
-    heard = Harmony(b.x, b.truth).truth
+    heard = b.truth
     if b is not self.backing: return
-    self.know(heard, estimated=True)
+    self.know(heard)
     self.tell('chords', **self.harmony())
 
 # %% ../nbs/08g_session.ipynb #1c22adce
@@ -377,7 +383,7 @@ def write(self:Session,
     if kind in ('MIDI', 'score'):
         notes_paths(path, kind == 'score', instrument)     # or a line about what is missing
         b = self.backing
-        known, notes = b.truth | dict(tuning=b.tuning), notes_of(take.solo, b.tuning)
+        known, notes = written_truth(b.truth), notes_of(take.solo, b.tuning)
         if kind == 'MIDI': return write_midi(path, notes, known, instrument)
         with without_warnings(): return write_score(path, notes, known, instrument, take.name)
     solo, n = normalize_loudness(take.solo), take.solo.shape[1]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEES', 'COMPOUND', 'STEPS', 'ABOVE_C', 'CHORD_KINDS', 'READS', 'feel_of', 'WrittenNote', 'places', 'divide',
            'quantise', 'Piece', 'bars_of', 'check_bars', 'fifths_of', 'key_of', 'spell', 'kind_of', 'score_of',
-           'write_score', 'notes_paths', 'write_notes']
+           'write_score', 'written_truth', 'notes_paths', 'write_notes']
 
 # %% ../../nbs/12p_notation.ipynb #20ff8c98
 import os, re
@@ -356,6 +356,12 @@ def write_score(
     return path
 
 # %% ../../nbs/12p_notation.ipynb #04c5d5c5
+def written_truth(
+    truth:dict, # as in truth.json
+)->dict:
+    "What of it is written beside notes: not chords that are only estimated."
+    return truth | dict(chords=[]) if truth.get('estimated') else truth
+
 def notes_paths(
     solo, # file of the solo
     score:bool=False, # whether there is one
@@ -374,23 +380,17 @@ def notes_paths(
     return [name('.mid')] + [name('.musicxml')]*score
 
 # %% ../../nbs/12p_notation.ipynb #92af60d1
-def _with_beats(truth, backing): # the truth, with tracked beats where it has none
-    if len(truth.get('beats', ())) > 1 or backing.shape[1] > 1200*SAMPLE_RATE: return truth
-    from saxgpt.music.transcription import beats_of_backing
-    return truth | dict(beats=beats_of_backing(np.asarray(backing[:, :])).tolist(), downbeats=[])
-
 def write_notes(
     paths:list, # of `notes_paths`
     solo, # (1,N), 32 kHz: an array or a `Sound`
-    backing, # (1,N), likewise
-    truth:dict, # what is known about the backing, maybe nothing
+    describe, # called for what is known about the backing, as in truth.json
     instrument:str='concert', # of `READS`
 ): # writes
     "Write what a solo plays, or say in one line why it is not there."
     midi, *score = missing = list(paths)
     try:
         with without_warnings():
-            notes, truth = notes_of(solo, truth.get('tuning', 0.)), _with_beats(truth, backing)
+            notes = notes_of(solo, (truth := written_truth(describe())).get('tuning', 0.))
             if not notes: notify(f'{midi}: empty, no note was heard in the solo')
             write_midi(midi, notes, truth, instrument)
             missing.remove(midi)

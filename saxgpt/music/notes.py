@@ -6,7 +6,7 @@
 __all__ = ['SAX_KEYS', 'STEP', 'WINDOW', 'LAGS', 'CHANGE', 'REPEAT', 'BEGIN', 'END', 'ATTACK', 'TOLERANCE', 'TICKS', 'PROGRAMS',
            'note_f1', 'yin_difference', 'key_costs', 'doubt_subharmonics', 'Evidence', 'listen_for_keys', 'own_tuning',
            'dips_of', 'decode_notes', 'find_notes', 'join_octaves', 'line_near', 'join_falls', 'bend_of', 'notes_of',
-           'BeatGrid', 'beat_grid', 'tempo_changes', 'write_midi']
+           'BeatGrid', 'beat_grid', 'downbeats_of', 'tempo_changes', 'write_midi']
 
 # %% ../../nbs/12o_notes.ipynb #13ae5d03
 import re
@@ -325,6 +325,15 @@ def beat_grid(
     times = np.r_[before, beats, beats[-1] + last*np.arange(1, behind + 1)]
     first = int(np.abs(times - downbeats[0]).argmin())
     return BeatGrid(times, first % meter, meter, quarters, float(truth.get('swing', .5)))
+
+# %% ../../nbs/12o_notes.ipynb #5e55d002
+def downbeats_of(
+    truth:dict, # as in truth.json; downbeats, beats, meter count
+)->list: # s
+    "When bars begin: known, or counted on the beats by the meter."
+    if len(truth.get('downbeats', ())): return list(truth['downbeats'])
+    beats = list(truth.get('beats', ()))
+    return beats[::_meter(truth, beats, ())[0]]
 
 # %% ../../nbs/12o_notes.ipynb #de7d97a1
 TICKS = 960 # in a quarter note

@@ -16,6 +16,7 @@ import librosa, numpy as np
 
 from ..audio import SAMPLE_RATE, resample
 from ..ops.files import read_json
+from .notes import downbeats_of
 from .theory import NAMES, QUALITIES
 from ..ops.words import notify
 
@@ -267,8 +268,7 @@ def crop_truth(
     chords = [dict(scale=c['tones']) | c for c in chords]      # without a scale, the chord's notes
     chords = [c | dict(start=c['start'] - start, end=c['end'] - start) for c in chords
               if c['end'] > start and c['start'] < start + seconds]
-    b, downbeats = np.asarray(truth.get('beats', ()), float) - start, truth.get('downbeats', ())
-    bars = np.asarray(downbeats, float) - start if len(downbeats) else b[::4]
+    b, bars = (np.asarray(t, float) - start for t in (truth.get('beats', ()), downbeats_of(truth)))
     halves = b[::2]
     if truth.get('meter') == '3/4': halves = np.union1d(bars, [c['start'] for c in chords])
     inside = lambda t: t[(t >= -1e-6) & (t < seconds)]

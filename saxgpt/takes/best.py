@@ -66,8 +66,8 @@ def listen_to_backing(
     x, truth = x[:, :FIRST*SAMPLE_RATE], truth or {}
     if not truth.get('chords'): return describe_backing(x)
     if len(truth.get('beats', ())) < 2:
-        beats = beats_of_backing(x)
-        truth = dict(tuning=tuning_of(x)) | truth | dict(beats=beats, swing=swing_of(x, beats))
+        truth = dict(tuning=tuning_of(x)) | truth | dict(beats=beats_of_backing(x))
+    if 'swing' not in truth: truth = truth | dict(swing=swing_of(x, truth['beats']))
     return describe_backing(x, truth)
 
 # %% ../../nbs/08d_best_of.ipynb #d08b0011
@@ -103,13 +103,13 @@ def takes_table(
 def keep_best(
     solos, # (n, N), 32 kHz: a `Sound`
     x, # the backing (1, M), at least as long
-    truth:dict, # what is known about it
+    describe, # called for what is known about it, as in truth.json
     seeds:list, # of the solos
     keep:int, # how many are wanted
 )->tuple: # the best solos (keep, N), their seeds, and a table of all
     "The solos that fit best, best first; the first ones where the ranking is interrupted."
     try:
-        rows = rank_takes(solos, x, truth, seeds)
+        rows = rank_takes(solos, x, describe(), seeds)
         best, table = [r['take'] for r in rows[:keep]], takes_table(rows, keep)
     except KeyboardInterrupt:
         best = list(range(len(seeds)))[:keep]     # fewer, where redoing was interrupted, too
