@@ -33,7 +33,8 @@ def choose_feel(
     able = [k for k, f in FEELS.items() if f.signature == time]
     if not able:
         meters = ', '.join(dict.fromkeys(f.signature for f in FEELS.values()))
-        raise ValueError(f'time: no feel plays {time}; there are feels in {meters}')
+        raise ValueError(f'time: no feel plays {time}; there are feels in {meters}, and a chart '
+                         'in another meter can be laid onto a recording: saxgpt generate --chart')
     if not name: return able[0]
     if name in able: return name
     if name in FEELS: raise ValueError(f'feel: {name} is in {FEELS[name].signature}, and the chart '

@@ -31,7 +31,7 @@ from .model.decoding import quantize_decoder
 from .music.notation import notes_paths, write_notes
 from .music.charts import read_chart
 from .music.plots import plot_solo
-from .music.transcription import truth_beside, tuning_of
+from .music.transcription import MOST_CENTS, truth_beside, tuning_of
 from .ops.packages import without_warnings
 from .pretrained import load_model
 from .takes.redo import bar_ranges, fit_take, redo_solos
@@ -259,8 +259,9 @@ def check_request(out, mix, plot, seed:int, n:int, settings:dict)->tuple:
         raise ValueError(f'seed must be between 0 and 2**63, not {seed}')
     if seconds is not None and not 0 < seconds < math.inf:
         raise ValueError(f'seconds must be above 0, not {seconds:g}')
-    if options.tuning is not None and not -100 <= options.tuning <= 100: raise ValueError(
-        f'tuning is in cents above A = 440 Hz, from -100 to 100, not {options.tuning:g}; '
+    if options.tuning is not None and not abs(options.tuning) <= MOST_CENTS: raise ValueError(
+        f'tuning is in cents above A = 440 Hz, from -{MOST_CENTS} to {MOST_CENTS}, '
+        f'not {options.tuning:g}; '
         'A = 442 Hz is 8')
     if (options.take is None) != (options.redo is None): raise ValueError(
         'take and redo belong together, as in --take solo.wav --redo 9-16')

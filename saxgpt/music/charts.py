@@ -104,6 +104,7 @@ def nearest_symbol(
 
 # %% ../../nbs/12m_charts.ipynb #dc4617b1
 _SLOTS = '.', '/'
+_JUMPS = r'(?i)\(?(d\.?[cs]\..*|d\.?[cs]|fine|(to)?coda|to|(dal)?segno|[𝄋𝄌⊕§])\)?'
 
 def read_bar(
     words:list, # what stands between two bar lines
@@ -127,7 +128,7 @@ def read_bar(
 def _checked(word): # a symbol that is known
     if re.fullmatch(r'(?i)n\.?c\.?', word): return NO_CHORD
     if word == '%': raise ValueError('% stands alone in its bar; write the chord again')
-    if re.fullmatch(r'(?i)d\.?[cs]\..*|fine|coda', word): raise ValueError(
+    if re.fullmatch(_JUMPS, word): raise ValueError(
         f'{word[:24]} is not followed; name the sections, and write their order as form: A B A')
     if len(word) < 32 and read_symbol(word): return word
     near = nearest_symbol(word)
