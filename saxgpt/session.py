@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'KNOBS', 'CANDIDATES', 'KINDS', 'KEPT', 'pcm', 'load_band', 'KeptCodes', 'OpenBacking', 'Take', 'Session',
-           'Stopped', 'score_words', 'file_name', 'Worker']
+           'Stopped', 'ranking_words', 'score_words', 'file_name', 'Worker']
 
 # %% ../nbs/08g_session.ipynb #5e55a004
 import json, os, queue, re, tempfile, threading
@@ -22,6 +22,7 @@ from saxgpt.generate import (band_tuning, distance_to_corpus, matching_codec, no
     read_backing)
 from .generation import LazyEncoder, solo_sound
 from .model.decoding import play_codes
+from .music.charts import read_chart
 from .music.notation import notes_paths, write_score, written_truth
 from .music.notes import downbeats_of, notes_of, write_midi
 from .music.scores import chord_tone_share
@@ -29,7 +30,7 @@ from .ops.files import write_text
 from .ops.packages import without_warnings
 from .pretrained import load_model
 from .sampling import DEFAULT_SAMPLING, resolve_sampling
-from .takes.best import quick_line
+from .takes.best import quick_line, rank_takes
 from .takes.changes import ChordSteering, Harmony, load_pitches
 from .takes.redo import redo
 
@@ -63,6 +64,7 @@ class KeptCodes(LazyEncoder):
         if key not in self.windows: self.windows[key] = super().__getitem__(where)
         return self.windows[key]
 
+# %% ../nbs/08g_session.ipynb #5e580003
 @dataclass(eq=False)
 class OpenBacking:
     "A backing on the desk: its sound, its codes, and what is known about it."
@@ -75,6 +77,8 @@ class OpenBacking:
     bars:list = () # s at which bars begin
     estimated:bool = False # whether chords and bars come from the sound
     lock:object = field(default_factory=threading.RLock) # so that it is listened to once
+
+    def __post_init__(self): self.own = self.harmony   # `harmony` may be that of a chart
 
     @property
     def tuning(self)->float: return self.harmony.tuning # cents above A = 440 Hz
@@ -97,6 +101,7 @@ class Take:
     bars:list = field(default_factory=list) # what was played again: bars and seed
     first:dict = None # settings of the take that it began as
     line:list = field(default_factory=list) # (first time, step (s), pitches as MIDI numbers)
+    exact:tuple = () # times (s), pitches, and the share of the time with sound, once it is whole
     scores:dict = field(default_factory=dict) # filled in after the sound
 
     def about(self, fresh=False)->dict:
@@ -222,6 +227,26 @@ def draw(self:Session, take, at, hop, midi, whole=False):
     midi = np.asarray(midi - self.backing.tuning/100, '<f4')
     self.tell('line', [midi.tobytes()], id=take.id, at=at, hop=hop, whole=whole)
 
+# %% ../nbs/08g_session.ipynb #5e560002
+@patch
+def lay(self:Session,
+    text:str, # a chart, or a file that holds one; '' takes it away again
+)->list: # lines about it
+    "Lay a chord chart onto the backing: picture, scores and playing go by it from now on."
+    if (b := self.backing) is None: raise ValueError('there is no backing yet: open one first')
+    harmony = b.own
+    if text.strip():
+        harmony = Harmony(b.x, b.own.known, read_chart(text.strip()))
+        with without_warnings(): laid = harmony.from_chart()
+        if not laid: raise ValueError(f'chart: {harmony.said[-1]}')
+        harmony.known = harmony.known | laid
+        harmony.chart = None                            # it is laid
+    with b.lock: b.harmony = harmony
+    if b is self.backing:
+        self.know(b.truth)
+        self.tell('chords', **self.harmony())
+    return harmony.said
+
 # %% ../nbs/08g_session.ipynb #5d2bd5f0
 @patch
 def play(self:Session,
@@ -280,6 +305,15 @@ def extend(self:Session, take:Take, y):
     take.solo.add(y)
     self.tell('sound', [pcm(y)], id=take.id, at=at)
 
+# %% ../nbs/08g_session.ipynb #5e580005
+@patch
+def fill(self:Session, take:Take, x)->Take:
+    "All of a take at once."
+    n, size = x.shape[1], 10*SAMPLE_RATE
+    for a in range(0, n, size): self.extend(take, x[:, a:min(n, a + size)])
+    self.finish(take)
+    return take
+
 @patch
 def finish(self:Session, take:Take):
     "A take has its last block; one without any is dropped."
@@ -320,9 +354,42 @@ def replay(self:Session,
     new = self.add(f'{take.name}, bars {first}-{last}', seed, settings, max(0, start - 2))
     new.bars = [*take.bars, dict(bars=[first, last], seed=seed)]
     new.first = take.first or dict(seed=take.seed, **take.settings)
-    for a in range(0, n, 10*SAMPLE_RATE): self.extend(new, x[:, a:min(n, a + 10*SAMPLE_RATE)])
-    self.finish(new)
-    return new
+    return self.fill(new, x)
+
+# %% ../nbs/08g_session.ipynb #5e560005
+@patch
+def best(self:Session,
+    seed:int=0, # of the first solo; the next have the next
+    n:int=CANDIDATES, # solos
+    progress=None, # called with the share that is done
+    **settings, # density, guidance, temperature, changes
+)->tuple: # a new take; how all did, best first (see `rank_takes`)
+    "Play several solos at once, and keep the one that fits best."
+    (model, codec, _), b = self.band, self.backing
+    if b is None: raise ValueError('there is no backing yet: open one first')
+    self.stopped.clear()
+    asked, seeds, blocks, done = self.sampling(settings), [seed + i for i in range(n)], [], 0
+    for codes in play_codes(model, b.codes, seeds, codec=codec, block=20, **asked):
+        blocks.append(codes)
+        done += codes.shape[2]
+        if self.stopped.is_set(): raise Stopped
+        if progress: progress(min(1, done/b.codes.shape[2]))
+    solos = TempAudio(self.temp.name)
+    for y in solo_sound(codec, blocks, b.x.shape[1], b.tuning): solos.add(y)
+    rows = rank_takes(solos, b.x, b.truth, seeds)
+    if b is not self.backing or self.stopped.is_set(): raise Stopped
+    self.number += 1
+    take = self.add(f'take {self.number}', rows[0]['seed'], settings)
+    i = rows[0]['take']
+    return self.fill(take, solos.part(slice(i, i + 1))), rows
+
+# %% ../nbs/08g_session.ipynb #5e560007
+def ranking_words(
+    rows:list, # of `Session.best`
+)->str:
+    "How each of several solos did, for people."
+    first, *others = (f'solo {r["seed"]} ({r["total"]:.2f})' for r in rows)
+    return f'{first} fits best' + f', before {", ".join(others)}'*bool(others)
 
 # %% ../nbs/08g_session.ipynb #80222636
 @patch
@@ -333,7 +400,7 @@ def sketch(self:Session,
 ):
     "Tell the line of a stretch of a take."
     x = take.solo[:, start:stop]
-    if take.scores or not x.any() or loudness(x) < -45: return
+    if take.exact or not x.any() or loudness(x) < -45: return
     take.line.append((start/SAMPLE_RATE, .02, quick_line(x)[1]))
     self.draw(take, *take.line[-1])
 
@@ -343,15 +410,22 @@ def judge(self:Session, take:Take)->dict:
     "Scores of a take, and its exact line."
     from saxgpt.music.transcription import active_frames, pitch_track
     with without_warnings(): times, midi = pitch_track(x := take.solo[:, :])
-    take.line = [(0., .02, midi)]
+    take.line, take.exact = [(0., .02, midi)], (times, midi, float(active_frames(x).mean()))
     self.draw(take, *take.line[0], whole=True)
-    chords, scores = self.backing.chords, dict(playing=float(active_frames(x).mean()))
+    return self.score(take)
+
+@patch
+def score(self:Session, take:Take)->dict:
+    "Scores of a take that has its exact line, by the chords as they are known now."
+    (times, midi, playing), chords = take.exact, self.backing.chords
+    scores = dict(playing=playing)
     if chords and np.isfinite(midi).any():
         keys = midi - self.backing.tuning/100
         scores |= {k: chord_tone_share(times, keys, chords, k) for k in ('tones', 'scale')}
     take.scores = {k: v for k, v in scores.items() if np.isfinite(v)}
     return take.scores
 
+# %% ../nbs/08g_session.ipynb #5e580007
 def score_words(
     scores:dict, # of `Session.judge`
     estimated:bool=False, # whether the chords are estimated

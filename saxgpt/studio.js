@@ -21,7 +21,12 @@ class Deck {                                          // one clock for backing a
     this.heard = (m, buffers) => this.receive(m, buffers)
     this.gesture = () => { this.open(); if (!this.running) this.ctx.suspend() }
     this.space = e => this.key(e)
+    this.ranged = () => {                             // the slider was moved, or follows
+      const bars = model.get('range')
+      if (String(bars) !== String(model.get('marked'))) { model.set('marked', bars); model.save_changes(); this.show() }
+    }
     model.on('msg:custom', this.heard)
+    model.on('change:range', this.ranged)
     document.addEventListener('pointerdown', this.gesture, { once: true })
     document.addEventListener('keydown', this.space, true)
     this.timer = setInterval(() => this.watch(), 60)
@@ -30,6 +35,7 @@ class Deck {                                          // one clock for backing a
   close() {
     clearInterval(this.timer)
     this.model.off('msg:custom', this.heard)
+    this.model.off('change:range', this.ranged)
     document.removeEventListener('pointerdown', this.gesture)
     document.removeEventListener('keydown', this.space, true)
     if (this.ctx) this.ctx.close()
@@ -117,6 +123,12 @@ class Deck {                                          // one clock for backing a
       this.start(p).finally(() => { this.starting = false; this.need = 0 })
     }
   }
+  get waits() {                                       // what a player waits for whose machine is slower than the music
+    const t = this.take
+    if (!this.wanted || this.running || !t || t.done) return ''
+    const from = Math.min(this.position + (this.need || START), this.backing.size / RATE)
+    return `Waiting for sound: ${t.have.toFixed(1)} s are made, it plays as soon as there are ${from.toFixed(1)} s.`
+  }
   receive(m, buffers) {
     const what = this['on_' + m.kind.replace('-', '_')]
     if (what) what.call(this, m, buffers)
@@ -165,7 +177,9 @@ class Deck {                                          // one clock for backing a
   bar(t) { const b = this.backing ? this.backing.bars : []; let i = -1; while (i + 1 < b.length && b[i + 1] <= t + 1e-3) i++; return i }
   mark(a, b) {                                        // bars from that at a to that at b
     const [i, j] = [this.bar(Math.min(a, b)), this.bar(Math.max(a, b))]
-    this.model.set('marked', j < 0 ? [] : [Math.max(0, i) + 1, j + 1]); this.model.save_changes(); this.show()
+    const bars = j < 0 ? [] : [Math.max(0, i) + 1, j + 1]
+    this.model.set('marked', bars); if (j >= 0) this.model.set('range', bars)
+    this.model.save_changes(); this.show()
   }
   key(e) {
     const inside = e.target.closest && e.target.closest('.saxgpt-studio')
@@ -207,8 +221,9 @@ class View {
     this.sheet = make('div', { className: 'saxgpt-sheet' }, this.canvas, this.marked, this.cursor)
     this.picture = make('div', { className: 'saxgpt-picture', tabIndex: 0, title: 'Click: hear from there. Drag: mark bars.' }, this.sheet)
     this.status = make('div', { className: 'saxgpt-status', data: { role: 'status', 'aria-live': 'polite' } })
+    this.waiting = make('div', { className: 'saxgpt-waiting' })
     el.classList.add('saxgpt-deck'); el.dataset.lmSuppressShortcuts = 'true'
-    el.append(make('div', { className: 'saxgpt-bar' }, this.playing, this.back, this.ab, this.time, ...this.strips, upload), this.picture, this.status)
+    el.append(make('div', { className: 'saxgpt-bar' }, this.playing, this.back, this.ab, this.time, ...this.strips, upload), this.picture, this.status, this.waiting)
     el.saxgpt = deck                                  // for whoever looks from outside
     this.drag()
     this.sized = new ResizeObserver(() => this.show(true)); this.sized.observe(el)
@@ -250,8 +265,8 @@ class View {
     for (const k of ['sax', 'backing']) {
       this[k].mute.setAttribute('aria-pressed', d.mute[k]); this[k].solo.setAttribute('aria-pressed', d.alone === k)
     }
-    const waits = d.wanted && !d.running && t && !t.done ? 'the next bars are being made' : ''
-    this.status.textContent = m.get('message') || d.said || waits
+    this.status.textContent = m.get('message') || d.said || ''
+    this.waiting.textContent = d.waits
     this.status.classList.toggle('saxgpt-bad', m.get('bad'))
     const [a, b] = m.get('marked')
     Object.assign(this.marked.style, a ? { display: 'block', left: bars[a - 1] * this.scale + 'px', width: ((bars[b] || d.backing.size / RATE) - bars[a - 1]) * this.scale + 'px' } : { display: 'none' })

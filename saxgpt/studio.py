@@ -25,7 +25,8 @@ from .music.notation import READS
 from .ops.files import read_json, write_text
 from .ops.packages import needs
 from .ops.words import tell
-from .session import KINDS, KNOBS, Session, Stopped, Take, Worker, score_words
+from .session import (CANDIDATES, KINDS, KNOBS, Session, Stopped, Take, Worker,
+    ranking_words, score_words)
 from .takes.changes import MOST_WEIGHT
 
 # %% ../nbs/08b_studio.ipynb #3607461f
@@ -37,6 +38,7 @@ class Deck(anywidget.AnyWidget):
     message = traitlets.Unicode().tag(sync=True) # a sentence below the picture
     bad = traitlets.Bool(False).tag(sync=True) # whether it is about something that went wrong
     marked = traitlets.List().tag(sync=True) # first and last bar, from 1; or nothing
+    range = traitlets.List([1, 1]).tag(sync=True) # the last that were marked, for the slider
     current = traitlets.Unicode('', allow_none=True).tag(sync=True) # id of the take that is heard
 
     def tell(self, kind, buffers=(), **about):
@@ -96,6 +98,13 @@ class TakeRow:
     def mark(self, now:bool): # whether it is the one that is heard
         (self.box.add_class if now else self.box.remove_class)('saxgpt-now')
 
+# %% ../nbs/08b_studio.ipynb #5e590002
+def _chart_row(lay, layout): # the field, and its row with a button
+    chart = widgets.Textarea(placeholder='Dm7 G7 | Cmaj7 | ...', rows=1, layout=layout,
+                             description='its chords')
+    return chart, _row(chart, _button('Lay on', 'Lay these chords onto the backing that is open; '
+                                      'nothing typed: take them away', lay))
+
 # %% ../nbs/08b_studio.ipynb #582df109
 class Source:
     "Where a backing comes from."
@@ -118,6 +127,7 @@ class Source:
         self.kind.observe(self.turn, 'index')
         self.row = _row(self.kind, self.stack, self.seconds,
                         _button('Open', 'Put this backing on the desk', studio.choose))
+        self.chart, self.changes = _chart_row(studio.lay, wide)
 
     def turn(self, change): self.stack.selected_index = change['new']
 
@@ -150,8 +160,8 @@ class Studio(widgets.VBox):
         self.player, self.helper = Worker(self.failed), Worker(self.failed)
         self.source, self.list = Source(self), widgets.VBox()
         self.controls(str(folder))
-        super().__init__([self.source.row, *self.knobs.rows, self.buttons, self.deck, self.list,
-                          self.exits])
+        super().__init__([self.source.row, self.source.changes, *self.knobs.rows, self.buttons,
+                          self.deck, self.list, self.exits])
         self.add_class('saxgpt-studio')
         self.deck.on_msg(self.received)
         self.deck.observe(lambda _: self.mark(), 'current')
@@ -165,14 +175,16 @@ def controls(self:Studio, folder:str):
     self.go = _button('Play a solo', 'Play the solo with this number', self.play,
                       button_style='primary')
     self.more = _button('Another', 'Play the solo with the next number', self.another)
+    self.several = _button(f'Best of {CANDIDATES}', f'Play {CANDIDATES} solos at once, from this '
+        'number on, and keep the one that fits best', self.choose_best)
     self.halt = _button('Stop', 'Stop playing; what there is remains', self.stop, disabled=True)
     self.again = _button('Redo bars', 'Play the marked bars of the take that is heard again',
                          self.redo)
     self.bars = widgets.IntRangeSlider(value=(1, 1), min=1, max=1, description='bars',
                                        layout=widgets.Layout(width='20em'))
-    self.bars.observe(lambda change: self.marked(list(change['new'])), 'value')
-    self.deck.observe(lambda change: self.marked(change['new']), 'marked')
-    self.buttons = _row(self.go, self.more, self.halt, self.knobs.seed, self.bars, self.again)
+    self.link = widgets.jslink((self.bars, 'value'), (self.deck, 'range'))
+    self.buttons = _row(self.go, self.more, self.several, self.halt, self.knobs.seed, self.bars,
+                        self.again)
     self.folder = widgets.Text(folder, description='keep in', layout=widgets.Layout(width='18em'))
     self.what = widgets.Dropdown(options=list(KINDS), description='download',
                                  layout=widgets.Layout(width='16em'))
@@ -240,14 +252,37 @@ def opened(self:Studio, how, what:str, settings:dict):
     about = [f'{b.x.shape[1]/SAMPLE_RATE:.0f} s']
     if b.bars: about.append(f'{len(b.bars)} bars')
     self.say(f'{b.name}: {", ".join(about)}. {line and line + "."}')
-    self.bars.max = max(1, len(b.bars))
+    self.source.chart.value = ''
+    self.count_bars()
     self.helper.do(self.guess)
 
 @patch
 def guess(self:Studio):
     "Estimate chords and bars where they are not known, in the thread that helps."
     self.session.estimate()
+    self.count_bars()
+
+@patch
+def count_bars(self:Studio):
+    "The slider has as many bars as the backing."
     if b := self.session.backing: self.bars.max = max(1, len(b.bars))
+
+# %% ../nbs/08b_studio.ipynb #5e570002
+@patch
+def lay(self:Studio):
+    "Lay the typed chords onto the backing."
+    self.helper.do(self.laid, self.source.chart.value)
+
+@patch
+def laid(self:Studio, text:str):
+    "Lay a chart onto the backing, in the thread that helps."
+    self.say('Laying the chart onto the backing ...')
+    said = self.session.lay(text)
+    self.count_bars()
+    for take in list(self.session.takes.values()):
+        if take.exact: self.show_scores(take)
+    said = f'chart: {"; ".join(said)}' if said else 'The typed chords are taken away.'
+    self.say(said)
 
 # %% ../nbs/08b_studio.ipynb #8ce3b8d5
 @patch
@@ -292,16 +327,36 @@ def judged(self:Studio, take:Take):
     "Score a take and show it, in the thread that helps."
     if take.id not in self.session.takes: return
     self.session.judge(take)
-    words = score_words(take.scores, self.session.backing.estimated)
+    self.show_scores(take)
+
+@patch
+def show_scores(self:Studio, take:Take):
+    "Scores of a take by the chords of now, in its row."
+    words = score_words(self.session.score(take), self.session.backing.estimated)
     if row := self.rows.get(take.id): row.scores.value = escape(words)
 
-# %% ../nbs/08b_studio.ipynb #fc357b17
+# %% ../nbs/08b_studio.ipynb #5e570004
 @patch
-def marked(self:Studio, bars:list):
-    "Mark bars, in the picture and on the slider; [] leaves the slider."
-    if not bars: return
-    if list(self.bars.value) != bars: self.bars.value = bars
-    if list(self.deck.marked) != bars: self.deck.marked = bars
+def choose_best(self:Studio):
+    "Play several takes and keep one."
+    self.player.do(self.chosen, self.interrupt(), int(self.knobs.seed.value), self.knobs.settings)
+
+@patch
+def chosen(self:Studio, turn:int, seed:int, settings:dict):
+    "Play several takes and keep one, in the thread that plays."
+    if turn != self.turn: return
+    what = f'Playing {CANDIDATES} solos at once'
+    def progress(share):
+        self.say(f'{what}: {share:.0%}; the best of them is heard when all are ranked')
+        if turn != self.turn: self.session.stop()
+    self.say(f'{what} ...')
+    self.halt.disabled = False
+    try: take, rows = self.session.best(seed, progress=progress, **settings)
+    except Stopped: return self.say('Stopped; nothing is changed.')
+    finally: self.halt.disabled = True
+    self.knobs.seed.value = seed + CANDIDATES - 1
+    self.say(f'{take.name}: {ranking_words(rows)}')
+    self.helper.do(self.judged, take)
 
 # %% ../nbs/08b_studio.ipynb #5e55b011
 @patch
@@ -403,7 +458,7 @@ def close(self:Studio):
     if self in _open: _open.remove(self)
     self.interrupt()
     self.player.do(self.session.close)
-    for w in (self.player, self.helper): w.close()
+    for w in (self.player, self.helper, self.link): w.close()
     _close_all(self)
 
 # %% ../nbs/08b_studio.ipynb #c2d7da66

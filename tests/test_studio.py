@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -28,6 +29,10 @@ def button(text): return f"[...document.querySelectorAll('.saxgpt-studio button'
 
 def field(label): return (f"[...document.querySelectorAll('.saxgpt-studio label')].find(e => e.textContent === '{label}')"
                           ".parentElement.querySelector('input, select')")
+
+
+AREA = field('its chords').replace('input, select', 'textarea')                                    # for the changes of any backing
+TYPED = f"[...document.querySelectorAll('.saxgpt-studio textarea')].find(e => e !== {AREA})"       # for a backing to be made
 
 
 @contextmanager
@@ -121,6 +126,12 @@ HEAR = f'''(async () => {{ const d = {DECK}, a = d.ctx.createAnalyser(), x = new
 def test_a_solo_is_heard_while_it_is_made_and_taken_home(page, lab, tmp_path):
     b, work = page, lab[1]
     take = play(b)
+    done, waiting = b.js(f"""(() => {{ const d = {DECK}; d.halt(); d.need = 7; d.show()   // as where the next block is late
+        return [d.take.done, document.querySelector('.saxgpt-waiting').textContent] }})()""")
+    made, plays = map(float, re.search(r'([\d.]+) s are made.* ([\d.]+) s[.]', waiting).groups())
+    assert not done and 0 < made < plays == min(8, round(plays, 1)) and plays > 7, waiting
+    b.js(f'{DECK}.need = 0')
+    b.until(f"{DECK}.running && !document.querySelector('.saxgpt-waiting').textContent")
     peak, clock, moved = b.js(HEAR)
     assert peak > .01 and clock > .2 and moved > .2, (peak, clock, moved)
     b.until(f'{DECK}.take.done')
@@ -158,6 +169,8 @@ def test_two_takes_are_compared_and_the_kernel_stays_free(page):
     b('Input.insertText', text='import time; time.sleep(1e4)')
     b.key('Enter', modifiers=8, number=13)
     b.until("document.querySelectorAll('.jp-CodeCell')[1].querySelector('.jp-InputPrompt').textContent.includes('*')")
+    b.js(f'{DECK}.mark({DECK}.backing.bars[1] + .1, {DECK}.backing.bars[2] + .1)')
+    b.until("[...document.querySelectorAll('.saxgpt-studio .widget-readout')].some(e => e.textContent === '2 – 3')")   # the slider follows
     b.until(f'{DECK}.take.done')                                          # while the kernel is busy
     b.click("document.querySelector('[data-command=\"notebook:interrupt-kernel\"]')")
     b.until("document.querySelectorAll('.jp-CodeCell')[1].textContent.includes('KeyboardInterrupt')")
@@ -201,13 +214,26 @@ def test_bars_are_marked_and_played_again_and_a_click_seeks(page):
     assert abs(b.js(f'{DECK}.position') - bars[2]) < .1 and b.js(f"{DECK}.model.get('marked')") == []
 
 
+def test_the_best_of_several_is_kept(page):
+    b = page
+    before = b.js(f'[...{DECK}.takes.keys()]')
+    b.click(button('Best of 4'))
+    b.until(f"/at once: [0-9]+%/.test({STATUS}.textContent)")
+    assert b.js(f'[...{DECK}.takes.keys()]') == before                    # progress is shown, nothing is heard
+    b.until(f"{DECK}.takes.size === {len(before) + 1} && {DECK}.take.done && {DECK}.running && {STATUS}.textContent.includes('fits best')")
+    said = b.js(f'{STATUS}.textContent')
+    totals = [float(v) for v in re.findall(r'[(]([\d.]+)[)]', said)]
+    assert len(totals) == 4 and totals == sorted(totals, reverse=True), said
+    b.click(button('Pause'))
+
+
 def test_a_page_that_asks_again_is_told_all(page):
     b = page
     about = f"[{DECK}.backing.n, {DECK}.current, ...[...{DECK}.takes.values()].map(t => [t.name, t.n, t.done, t.gain])]"
     old = b.js(about)
     b.js(f"{DECK}.backing = null; {DECK}.takes.clear(); {DECK}.model.send({{kind: 'hello'}})")   # as after a reload
-    b.until(f"{DECK}.backing && {DECK}.takes.size === 3 && [...{DECK}.takes.values()].every(t => t.done)")
-    assert b.js(about) == old and len(old) == 5
+    b.until(f"{DECK}.backing && {DECK}.takes.size === 4 && [...{DECK}.takes.values()].every(t => t.done)")
+    assert b.js(about) == old and len(old) == 6
 
 
 def test_uploads(page, tmp_path):
@@ -215,7 +241,7 @@ def test_uploads(page, tmp_path):
     (tmp_path/'words.txt').write_text('Dm7 G7 Cmaj7')
     b.choose_file("document.querySelector('.saxgpt-upload input')", tmp_path/'words.txt')
     b.until(f"{STATUS}.classList.contains('saxgpt-bad') && {STATUS}.textContent.startsWith('words.txt: ')")
-    assert b.js(f'{DECK}.takes.size') == 3                                # nothing is lost
+    assert b.js(f'{DECK}.takes.size') == 4                                # nothing is lost
     x, rate = sf.read(demo_backing()[0], frames=12*44100)
     stereo = np.tile(x[:, None] if x.ndim == 1 else x[:, :1], (2, 2))     # more than a piece
     sf.write(tmp_path/'my band.wav', stereo, rate)
@@ -224,16 +250,25 @@ def test_uploads(page, tmp_path):
     b.until(f"{DECK}.backing.name === 'my band.wav' && {DECK}.backing.n > 0 && {STATUS}.textContent.startsWith('my band.wav')")
     b.until(f'{DECK}.backing.estimated && {DECK}.backing.chords.length > 0')
     assert b.js(f'{DECK}.takes.size') == 0 and not b.js(f"{STATUS}.classList.contains('saxgpt-bad')")
+    b.click(AREA)
+    b('Input.insertText', text='Gm7 | C7 | Fmaj7 | H7')
+    b.click(button('Lay on'))
+    b.until(f"{STATUS}.classList.contains('saxgpt-bad') && {STATUS}.textContent.includes('H7')")
+    assert b.js(f'{DECK}.backing.estimated')                              # as it was
+    b.js(f'{AREA}.select()')
+    b('Input.insertText', text='Gm7 | C7 | Fmaj7 | Fmaj7')
+    b.click(button('Lay on'))
+    b.until(f"!{DECK}.backing.estimated && {DECK}.backing.chords[0].name === 'Gm7' && {STATUS}.textContent.includes('first bar at')")
 
 
 def test_a_chart_is_typed(page):
     b = page
     b.js(f"(() => {{ const e = {field('backing')}; e.value = 'a chart'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})()")
-    b.click("document.querySelector('.saxgpt-studio textarea')")
+    b.click(TYPED)
     b('Input.insertText', text='Dm7 G7 | Hm7')
     b.click(button('Open'))
     b.until(f"{STATUS}.classList.contains('saxgpt-bad') && {STATUS}.textContent.includes('Hm7')")
-    b.js("document.querySelector('.saxgpt-studio textarea').select()")
+    b.js(f'{TYPED}.select()')
     b('Input.insertText', text='Dm7 G7 | Cmaj7')
     b.click(button('Open'))
     b.until(f"{DECK}.backing.chords.map(c => c.name).slice(0, 3).join(' ') === 'Dm7 G7 Cmaj7' && {DECK}.backing.n > 0", 240)

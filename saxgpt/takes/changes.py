@@ -276,6 +276,7 @@ class Harmony:
         name:str='chart', # of the chart, for messages
     ):
         self.x, self.known, self.chart, self.name = x, truth or {}, chart, name
+        self.said = [] # lines about the chart
         if chart and not any(read_symbol(s) for *_, s in chart.spans()):
             raise ValueError(f'{name}: holds no chords; give some, or leave it out')
 
@@ -315,18 +316,23 @@ def bars(self:Harmony)->list: # s at which bars begin
 
 # %% ../../nbs/08f_changes.ipynb #8f0c0023
 @patch
+def say(self:Harmony, line:str):
+    self.said.append(line)
+    notify(f'{self.name}: {line}')
+
+@patch
 def from_chart(self:Harmony):
     "The chords of the chart, with lines about them; {} where it cannot be laid onto the sound."
     beats, bars = self.known.get('beats'), self.known.get('downbeats', ())
     found = lay_chart(self.x[:, :], self.chart, beats, self.tuning, bars)
     if not found or not found['chords']:
-        notify(f'{self.name}: no place for it was found in this recording; it is not used')
+        self.say('no place for it was found in this recording; it is not used')
         return {}
-    notify(f'{self.name}: {found["bpm"]:.0f} beats a minute, first bar at '
-           f'{found["chords"][0]["start"]:.1f} s, {found["choruses"]:.1f} choruses')
-    if line := misfit(found): notify(f'{self.name}: {line}')
-    if len(bars) and found['beats'] and not bars_apart(self.chart, found['beats'], bars).any():
-        notify(f'{self.name}: its bars are not as long as those that are known of the recording')
+    self.say(f'{found["bpm"]:.0f} beats a minute, first bar at '
+             f'{found["chords"][0]["start"]:.1f} s, {found["choruses"]:.1f} choruses')
+    if line := misfit(found): self.say(line)
+    if len(bars) and not bars_apart(self.chart, found['beats'], bars).any():
+        self.say('its bars are not as long as those that are known of the recording')
     return {k: found[k] for k in ('chords', 'beats', 'downbeats', 'bpm', 'meter')}
 
 # %% ../../nbs/08f_changes.ipynb #8f0c0027
