@@ -17,7 +17,6 @@ from .codecs.base import check_codec
 from .config import RunConfig, command, parse, weights_dir
 from .ops.files import output_path
 from .metrics import total_variation
-from .model.decoding import pack_decoder_weights
 from .model.transformer import SaxGPT
 from .ops.remote import is_remote
 from .training.checkpoint import (CheckpointError, frame, load_weights, read_backings,
@@ -104,7 +103,7 @@ def load_model(
     model.about, model.card = about, None
     try: model.card = read_card(folder, folder.parents[1] if far else folder)  # the hub's are links
     except CheckpointError as e: notify(str(e))
-    return pack_decoder_weights(model.float().to(device).eval()), about
+    return model.float().to(device).eval(), about
 
 # %% ../nbs/07j_pretrained.ipynb #e973331d
 PIECE = 500 # frames that are compared with the training set at a time

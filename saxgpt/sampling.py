@@ -31,12 +31,18 @@ def top_k_top_p_filter(
 def gumbel_argmax(
     logits:Tensor, # (B, K, V)
     generators:list, # one torch.Generator for each item
+    top_k:int=0, # as in `top_k_top_p_filter`
+    top_p:float=0., # likewise
 ) -> Tensor: # (B, K)
-    "Draw from the softmax of the logits, each item with its own random numbers."
+    "Draw from the softmax of the kept logits, each item with its own random numbers."
     wait = torch.empty_like(logits, dtype=torch.float32)
     for w, g in zip(wait, generators): w.exponential_(generator=g)
-    wait.clamp_(min=1e-30)           # an exact 0 would let even an excluded code win
-    return (logits.float() - wait.log_()).argmax(-1)
+    wait.clamp_(min=1e-30).log_()    # an exact 0 would let even an excluded code win
+    if logits.device.type == 'cpu' and not 0 < top_p < 1: # counting is faster than selecting
+        best = (logits.float() - wait).argmax(-1, keepdim=True)
+        better = (logits > logits.gather(-1, best)).sum(-1)
+        if not top_k or (better < top_k).all(): return best[..., 0]
+    return (top_k_top_p_filter(logits, top_k, top_p).float() - wait).argmax(-1)
 
 # %% ../nbs/08a_sampling.ipynb #a9d91d8c
 def each(
@@ -94,7 +100,7 @@ class Sampler:
     def draw(self, logits, temperature, top_k, top_p, generators):
         if temperature < 1e-6: return logits.argmax(-1)        # the division would overflow
         if temperature != 1: logits = logits/temperature
-        return gumbel_argmax(top_k_top_p_filter(logits, top_k, top_p), generators)
+        return gumbel_argmax(logits, generators, top_k, top_p)
 
 # %% ../nbs/08a_sampling.ipynb #498af065
 @patch

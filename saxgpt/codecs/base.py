@@ -9,6 +9,7 @@ __all__ = ['NO_SAMPLES', 'CHUNK', 'HUSH_DB', 'CodecError', 'CodecMismatch', 'Cod
 # %% ../../nbs/04f_codec_interface.ipynb #84b12e89
 import torch
 from fastcore.basics import patch
+from itertools import chain
 from torch import nn
 
 # %% ../../nbs/04f_codec_interface.ipynb #65269953
@@ -28,7 +29,7 @@ class Codec(nn.Module):
         return dict(codec_name=self.name, codec_hash=self.hash)
 
     @property
-    def device(self)->torch.device: return next(iter(self.state_dict().values())).device
+    def device(self)->torch.device: return next(chain(self.buffers(), self.parameters())).device
     @property # what the codes stand for: (K,cardinality,D), summed over K
     def code_vectors(self)->torch.Tensor: raise NotImplementedError
     @property # of all that decoding depends on
