@@ -22,8 +22,13 @@ UV := $(V)/uv pip install -q --python $(V)/python -b requirements.lock
 solo: core
 	@$(V)/python -m saxgpt.generate "$(BACKING)" -o out/solo.wav --mix out/mix.wav --plot out/solo.png
 
-test: env sync notebooks
-	$(V)/python -m pytest -q -n 2 --dist loadfile -o tmp_path_retention_policy=failed tests
+# Notebooks are tests too (tests/test_notebooks.py), so that one run deals out everything and shows at its end what failed.
+# TESTS: which, in pytest's words.   JOBS: processes; one more than cores, since many tests wait for other processes.
+TESTS ?= tests
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 7 ? n + 1 : 8)))
+PYTEST = OMP_NUM_THREADS=1 $(V)/python -m pytest -q -n $(JOBS) -o tmp_path_retention_policy=failed
+test: env sync
+	$(PYTEST) $(TESTS)
 
 core: $(CORE)
 $(CORE):
@@ -61,7 +66,7 @@ sync: env
 	@test -z "$$(git status --porcelain -- nbs saxgpt README.md)" || { git status --short -- nbs saxgpt README.md; echo "make sync: commit these files"; exit 1; }
 
 notebooks: env
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(V):$$PATH" $(V)/nbdev_test --n_workers 2
+	$(PYTEST) tests/test_notebooks.py
 
 readme: env
 	$(V)/python tests/readme.py
