@@ -100,8 +100,8 @@ WIDER = $(V)/saxgpt train --config demo data.train_path=$(WIDE)/7_datasets/train
 	training.scheduler.warmup_steps=50 training.val_interval=200
 weights: env
 	$(V)/saxgpt demo --out $(FORMS)/corpus --minutes 300 --seed 1 --drawn 0
-	$(V)/python -m saxgpt.training.codec --corpus $(FORMS)/corpus --out saxgpt/weights/mel-rvq
-	$(V)/python -m saxgpt.training.spectra --codec saxgpt/weights/mel-rvq --corpus $(FORMS)/corpus
+	$(V)/python -m saxgpt.training.fit_codec --corpus $(FORMS)/corpus --out saxgpt/weights/mel-rvq
+	$(V)/python -m saxgpt.training.fit_spectra --codec saxgpt/weights/mel-rvq --corpus $(FORMS)/corpus
 	$(V)/saxgpt demo --out $(FORMS)/corpus --minutes 1800 --seed 1 --drawn 0
 	sed 's,$(DEMO),$(FORMS),' saxgpt/configs/data/demo.yaml > $(FORMS)/forms.yaml
 	$(V)/saxgpt pipeline --config $(FORMS)/forms.yaml dataset.seq_len=500 dataset.stride=500
@@ -121,9 +121,9 @@ weights: env
 	$(V)/python -m saxgpt.pretrained models/demo/checkpoints/best models/demo/weights
 	$(V)/saxgpt demo --world wide --fonts $(FONTS) --out $(WIDE)/sound/wide --minutes 240 --seed 1
 	$(V)/saxgpt demo --out $(WIDE)/sound/plain --minutes 42 --seed 1
-	$(V)/python -m saxgpt.training.codec --corpus $(WIDE)/sound --out models/wide-mel --frames 240000 --start saxgpt/weights/mel-rvq
-	$(V)/python -m saxgpt.training.spectra --codec models/wide-mel --corpus $(WIDE)/sound --start saxgpt/weights/mel-rvq --steps 6000
-	$(V)/python -m saxgpt.training.codec --corpus $(WIDE)/sound --out models/wide-codec --frames 200000 --start models/wide-mel --backings
+	$(V)/python -m saxgpt.training.fit_codec --corpus $(WIDE)/sound --out models/wide-mel --frames 240000 --start saxgpt/weights/mel-rvq
+	$(V)/python -m saxgpt.training.fit_spectra --codec models/wide-mel --corpus $(WIDE)/sound --start saxgpt/weights/mel-rvq --steps 6000
+	$(V)/python -m saxgpt.training.fit_codec --corpus $(WIDE)/sound --out models/wide-codec --frames 200000 --start models/wide-mel --backings
 	$(CODES) --world wide --fonts $(FONTS) --minutes 480 --seed 11 $(HELD) --without-fonts FluidR3
 	$(CODES) --world wide --fonts $(FONTS) --minutes 600 --seed 12 $(HELD)
 	$(CODES) --minutes 150 --seed 1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .audio import SAMPLE_RATE, write_audio
+from .audio import write_audio
 from .config import command
 from .demo import Tune, render, truth_of
 from .music.arrangement import Clock, FormSection, Timeline, perform, play_track

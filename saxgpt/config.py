@@ -11,7 +11,7 @@ __all__ = ['OLD_KEYS', 'ConfigError', 'Section', 'field', 'DataPaths', 'Intermed
            'load_config', 'to_dict', 'usage_errors', 'arguments', 'command']
 
 # %% ../nbs/10_config.ipynb #b942c4a0
-import copy, difflib, inspect, json, os, reprlib, signal, sys, types
+import copy, difflib, inspect, json, os, reprlib, signal, types
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files

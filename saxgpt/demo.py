@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .audio import SAMPLE_RATE, write_audio
-from .config import command, demo_backing, read_yaml, weights_dir
+from .config import command, read_yaml, weights_dir
 from saxgpt.ops.files import (atomic_dir, atomic_path, map_parallel, read_json, read_jsonl, write_jsonl,
     write_text)
 from .music.arrangement import Clock, arrange, perform, play_track, tempo_map, timeline

@@ -6,7 +6,7 @@
 __all__ = ['USAGE_ERRORS', 'run', 'count_processes', 'main']
 
 # %% ../nbs/07k_train.ipynb #aa7902c0
-import os, sys
+import os
 
 from fastcore.script import Param
 

@@ -12,10 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np, torch
+import numpy as np
 from fastcore.basics import patch
 
-from .audio import SAMPLE_RATE
 from .codec import load_codec
 from .config import command, device_name
 from .demo import VERSION, compose, render, truth_of

@@ -16,11 +16,11 @@ import soundfile as sf
 
 from forks import warm
 from saxgpt.audio import load_mono, resample
-from saxgpt.config import ModelConfig
+from saxgpt.config import ModelConfig, demo_backing
 from saxgpt.data.dataset import CodesDataset
 from saxgpt.data.download import find_recordings, ingest
 from saxgpt.data.splits import SPLITS, split_of
-from saxgpt.demo import demo_backing, make_corpus
+from saxgpt.demo import make_corpus
 from saxgpt.generate import read_backing
 from saxgpt.ops.files import read_jsonl, read_tensors
 from saxgpt.model.transformer import SaxGPT

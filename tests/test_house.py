@@ -118,6 +118,23 @@ def test_every_name_is_defined(path):
     assert not [*missing(symtable.symtable(path.read_text(encoding='utf-8'), path.name, 'exec'))]
 
 
+def test_nothing_is_imported_in_vain():
+    "A name that a module imports is used there, or taken from there by another module."
+    trees = {dotted(p): ast.parse(p.read_text(encoding='utf-8')) for p in modules}
+    taken = set()
+    for name, tree in trees.items():
+        for n in ast.walk(tree):
+            if not isinstance(n, ast.ImportFrom): continue
+            base = ['saxgpt', *name.split('.')][:-n.level] if n.level else []
+            taken |= {('.'.join([*base, *filter(None, [n.module])]), a.name) for a in n.names}
+    idle = []
+    for name, tree in trees.items():
+        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        made = {(a.asname or a.name).split('.')[0] for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+        idle += [f'{name}: {m}' for m in sorted(made - used) if (f'saxgpt.{name}', m) not in taken]
+    assert not idle, idle
+
+
 def test_imports_form_no_circle():
     TopologicalSorter({dotted(p): {*imports(p)} - {dotted(p)} for p in modules}).prepare()
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .drums import CRASH, GROOVES, KICK, RIDE, drummer
+from .drums import CRASH, KICK, RIDE, drummer
 from .theory import Chord, voice
 
 # %% ../../nbs/12d_feels.ipynb #4c8ea72d

@@ -11,7 +11,6 @@ __all__ = ['OFF', 'SETTINGS', 'CLEAN', 'SOUND', 'TAPS', 'BLOCK', 'CODECS', 'LOG'
 
 # %% ../../nbs/12c_recording.ipynb #a66b8ea8
 import io
-from functools import lru_cache
 
 import av, numpy as np, soundfile as sf
 from scipy.fft import irfft, next_fast_len, rfft, rfftfreq

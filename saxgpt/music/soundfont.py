@@ -8,11 +8,11 @@ __all__ = ['FONTS', 'DEFAULT_FONT', 'INSTRUMENT', 'SAMPLE', 'AVL_KEYS', 'START',
            'VIB_DELAY', 'VIB_RATE', 'MOD_ENV', 'VOL_ENV', 'KEYS', 'VELOCITIES', 'FIXED_KEY', 'FIXED_VELOCITY',
            'ATTENUATION', 'COARSE', 'FINE', 'MODE', 'SCALE', 'CHOKE', 'ROOT', 'N_GENERATORS', 'LOUDER', 'BRIGHTER',
            'LOOPS', 'UNTIL_RELEASE', 'FontInfo', 'default_font', 'find_fonts', 'check_use', 'corpus_fonts', 'ByteCache',
-           'Font', 'read_samples', 'load_font', 'Zone', 'zones', 'Key', 'key_map', 'sounding_key', 'silent_keys',
-           'read_sample', 'source', 'pitch_ratio', 'generators_for']
+           'Font', 'read_samples', 'load_font', 'write_font', 'Zone', 'zones', 'Key', 'key_map', 'sounding_key',
+           'silent_keys', 'read_sample', 'source', 'pitch_ratio', 'generators_for']
 
 # %% ../../nbs/12i_soundfont.ipynb #f587de88
-import io, math
+import io, math, struct
 from collections import OrderedDict
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
@@ -253,6 +253,72 @@ def _stamp(path):
 
 @lru_cache(32)
 def _load_font(path, stamp): return Font(path)
+
+# %% ../../nbs/12i_soundfont.ipynb #6868be99
+def _chunk(name, body):
+    return name.encode() + struct.pack('<I', len(body)) + body + bytes(len(body) % 2)
+
+def _padded(name): return name.encode()[:19].ljust(20, b'\0')
+
+def _zone_tables(owners, link):
+    "First zones of the owners and chunks bag, mod, gen; a zone: {generator: value, 'mods': [...]}."
+    bag, mod, gen, starts = [], [], [], []
+    for zones in owners:
+        starts.append(len(bag))
+        for z in zones:
+            bag.append((len(gen), len(mod)))
+            mod += z.get('mods', [])
+            ops = [o for o in z if o not in ('mods', link)]
+            gen += [(o, z[o]) for o in sorted(ops, key=lambda o: o not in (43, 44))] # ranges first
+            if link in z: gen.append((link, z[link])) # the link last
+    bag.append((len(gen), len(mod)))
+    pack = lambda form, rows: b''.join(struct.pack(form, *r) for r in rows)
+    tables = pack('<HH', bag), pack('<HHhHH', mod + [(0,)*5]), pack('<Hh', gen + [(0, 0)])
+    return starts + [len(bag) - 1], tables
+
+# %% ../../nbs/12i_soundfont.ipynb #77951593
+def _vorbis(x, rate):
+    "Encoded in blocks: libsndfile overflows its stack on a block of a minute."
+    with soundfile.SoundFile(b := io.BytesIO(), 'w', rate, 1, 'VORBIS', format='OGG') as f:
+        for i in range(0, len(x), 65536): f.write(x[i:i + 65536])
+    return b.getvalue()
+
+def _sample_tables(samples, vorbis):
+    "The chunks smpl and shdr of (array, {field: value}); loops count from the sample's start."
+    smpl, shdr = b'', b''
+    for i, (x, h) in enumerate(samples):
+        rate = h.get('rate', 44100)
+        b = _vorbis(x, rate) if vorbis else np.int16(np.rint(x*32767)).tobytes()
+        start, end = (v if vorbis else v//2 for v in (len(smpl), len(smpl) + len(b)))
+        loop = [v if vorbis else start + v for v in h.get('loop', (0, 0))]
+        smpl += b + bytes(0 if vorbis else 92)
+        shdr += _padded(f's{i}') + struct.pack('<IIIIIBbHH', start, end, *loop, rate, h.get('key', 69),
+            h.get('tune', 0), h.get('link', 0), h.get('type', 1) | 16*vorbis)
+    return smpl, shdr + _padded('EOS') + bytes(26)
+
+# %% ../../nbs/12i_soundfont.ipynb #5f0e2a13
+def write_font(
+    path, # file to write
+    samples:list, # (float array, {field: value}); a loop counts from the sample's start
+    instruments:list, # lists of zones
+    presets:dict, # (bank, program) -> zones
+    vorbis:bool=False, # SF3
+)->Path: # the file
+    "Write a soundfont."
+    p, (pbag, pmod, pgen) = _zone_tables(presets.values(), 41)
+    i, (ibag, imod, igen) = _zone_tables(instruments, 53)
+    smpl, shdr = _sample_tables(samples, vorbis)
+    rows = [*zip(presets, p), ((0, 0), p[-1])]
+    phdr = b''.join(_padded(f'p{k}') + struct.pack('<HHHIII', prog, bank, b, 0, 0, 0)
+        for k, ((bank, prog), b) in enumerate(rows))
+    inst = b''.join(_padded(f'i{k}') + struct.pack('<H', b) for k, b in enumerate(i))
+    tables = dict(phdr=phdr, pbag=pbag, pmod=pmod, pgen=pgen, inst=inst, ibag=ibag, imod=imod,
+        igen=igen, shdr=shdr)
+    title, version = _chunk('INAM', b'made for a test\0'), struct.pack('<HH', 2 + vorbis, 1)
+    lists = b'INFO' + _chunk('ifil', version) + title, b'sdta' + _chunk('smpl', smpl), \
+        b'pdta' + b''.join(_chunk(k, v) for k, v in tables.items())
+    Path(path).write_bytes(_chunk('RIFF', b'sfbk' + b''.join(_chunk('LIST', l) for l in lists)))
+    return Path(path)
 
 # %% ../../nbs/12i_soundfont.ipynb #7bba4059
 # generators (specification, section 8.1.2); pairs are fine and coarse (32,768 samples) addresses

@@ -10,7 +10,7 @@ __all__ = ['PITCHED', 'LATENCY', 'LOW', 'HOP', 'ESTIMATED', 'MOST_CENTS', 'MADE_
            'truth_beside']
 
 # %% ../../nbs/12j_transcription.ipynb #52817b97
-import math, os
+import os
 from pathlib import Path
 
 import librosa, numpy as np

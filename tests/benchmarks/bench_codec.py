@@ -15,7 +15,7 @@ from saxgpt.codec import load_codec
 from saxgpt.demo import _frame, compose
 from saxgpt.music.soundfont import load_font
 from saxgpt.music.synth import render_lead
-from saxgpt.training.codec import mel_distance, voiced_pitch
+from saxgpt.training.fit_codec import mel_distance, voiced_pitch
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--codec', default='bundled', help='bundled, encodec or a folder')

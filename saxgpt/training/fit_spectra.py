@@ -20,7 +20,7 @@ from ..config import command
 from ..ops.files import content_hash, output_path, read_tensors, write_tensors
 from ..codecs.spectra import MelInverter, load_spectra
 from .throughput import has_bf16
-from .codec import corpus_wavs, held_out_figures, varied
+from .fit_codec import corpus_wavs, held_out_figures, varied
 from ..ops.words import bar
 
 # %% ../../nbs/04d_spectra_training.ipynb #c6f0cd4a
