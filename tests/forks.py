@@ -98,7 +98,8 @@ def _begin():
     _collect_orphans()
     env = {k: v for k, v in os.environ.items() if not k.startswith('SAXGPT_WARM') and k not in ('MPLBACKEND', 'DISPLAY')}
     code = f'import sys; sys.path.append({str(Path(__file__).parent)!r}); import forks; forks.serve_at({theirs.fileno()})'
-    p = subprocess.Popen([sys.executable, '-c', code], pass_fds=[theirs.fileno()], env=env | dict(OMP_NUM_THREADS='1'), stdin=subprocess.DEVNULL)
+    # EAGER_IMPORT: with librosa all its parts, which it imports, and numba compiles, only when they are used: seconds for each process.
+    p = subprocess.Popen([sys.executable, '-c', code], pass_fds=[theirs.fileno()], env=env | dict(OMP_NUM_THREADS='1', EAGER_IMPORT='1'), stdin=subprocess.DEVNULL)
     theirs.close()
     atexit.register(lambda: (server.close(), p.wait()))
 

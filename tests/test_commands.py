@@ -27,7 +27,7 @@ from saxgpt.model.transformer import SaxGPT
 from saxgpt.pretrained import give_away, load_model
 
 cold = dict(os.environ, OMP_NUM_THREADS='1')            # each command at least once
-env = cold | warm('saxgpt.generate', 'saxgpt.backing', 'saxgpt.pipeline', 'saxgpt.train', 'librosa', 'matplotlib.pyplot', 'scipy.signal', 'torch._dynamo',
+env = cold | warm('saxgpt.generate', 'saxgpt.backing', 'saxgpt.pipeline', 'saxgpt.train', 'librosa', 'matplotlib.pyplot', 'mido', 'scipy.signal', 'torch._dynamo',
                   *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'segments', 'codes', 'splits')), family=True)
 
 

@@ -12,7 +12,7 @@ root = Path(__file__).resolve().parents[1]
 notebooks = sorted(p for p in (root/'nbs').glob('*.ipynb') if p.name[0] != '_')
 # What many notebooks import; a notebook imports the rest, and the package itself, as its reader does.
 env = dict(os.environ, OMP_NUM_THREADS='1', PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])) | warm(
-    'nbdev.test', 'torch', 'scipy.signal', 'librosa.beat', 'librosa.core.audio', 'librosa.core.pitch', 'librosa.util.utils', 'matplotlib.pyplot', 'IPython.display')
+    'nbdev.test', 'torch', 'scipy.signal', 'librosa', 'matplotlib.pyplot', 'IPython.display')
 # As `nbdev_test --path` does it; a cell that fails is shown with its traceback.
 RUN = '''import sys
 from pathlib import Path
