@@ -10,11 +10,14 @@ import time
 import pytest
 
 from fakes import FakeGCS
+from forks import warm
 from saxgpt.ops.files import append_jsonl
 from saxgpt.monitor import follow, live_widget, read_run, run_table, state
 
 
-def env(): return {k: v for k, v in os.environ.items() if k not in ('DISPLAY', 'WAYLAND_DISPLAY', 'MPLBACKEND')} | dict(OMP_NUM_THREADS='1')
+def env():
+    at = {k: v for k, v in os.environ.items() if k not in ('DISPLAY', 'WAYLAND_DISPLAY', 'MPLBACKEND')} | dict(OMP_NUM_THREADS='1')
+    return at | warm('saxgpt.monitor', 'matplotlib.pyplot')
 
 
 # A run as its log sees it: torn lines, a kill, steps done twice, a stop, and a total that grew.
