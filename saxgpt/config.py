@@ -325,6 +325,7 @@ def _inner(f):
     kinds = f.annotation, *get_args(f.annotation)
     return next((a for a in kinds if isinstance(a, type) and issubclass(a, Section)), None)
 
+# %% ../nbs/10_config.ipynb #0599b4ef
 def rows(
     section:type[Section], # a section or a whole config
     prefix:str='', # dotted path of the section

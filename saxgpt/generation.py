@@ -111,6 +111,7 @@ def solo_sound(codec, blocks, n:int, tuning=0., **pieces): # yields (solos, m), 
         if n and y.size: yield y[:, :n]
         n = max(0, n - y.shape[1])
 
+# %% ../nbs/08_generation.ipynb #1cde574c
 def stream(
     model:SaxGPT, # In eval mode
     codec, # The one the model was trained with
@@ -127,6 +128,7 @@ def stream(
     blocks = solo_codes(model, codec, x, [seed], prompt, LazyEncoder, known, block=frames, **settings)
     yield from solo_sound(codec, blocks, x.shape[1], tuning, piece=frames, around=min(10, frames))
 
+# %% ../nbs/08_generation.ipynb #54883139
 def generate(
     model:SaxGPT, # In eval mode
     codec, # The one the model was trained with

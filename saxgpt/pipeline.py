@@ -146,6 +146,7 @@ def _apart(cfg, folders):
     lists = [cfg.url] if isinstance(cfg.url, str) else cfg.url or ()
     return output_path(cfg.data_paths.metadata_path, *codec, cfg.source, cfg.download.cookies, *lists)
 
+# %% ../nbs/13_pipeline.ipynb #ef42ea03
 def run_pipeline(cfg:DataConfig, device:str='cpu',
                  only:str=None, # one stage, all when absent
                  n_jobs=1, # processes, or a `Ray`

@@ -85,6 +85,7 @@ def nearest(
     if unsure.any(): codes[unsure] = distances(x[unsure], book).argmin(1)
     return codes
 
+# %% ../../nbs/04a_codec.ipynb #900928dc
 def quantize(
     x:torch.Tensor, # (T,D)
     codebooks:torch.Tensor, # (K,E,D)

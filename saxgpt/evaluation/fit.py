@@ -137,6 +137,7 @@ def partner(
     j = int(rng.choice(here or others))
     return j, near(j)
 
+# %% ../../nbs/09c_fit.ipynb #c07d1982
 def transpose(
     backing:dict, # from `describe_backing`
     semitones:int, # up

@@ -92,6 +92,7 @@ def read_symbol(
     low = '/' + NAMES[_pitch_class(m['bass'])] if m['bass'] else ''
     return chord(NAMES[_pitch_class(m['root'])] + quality + low)
 
+# %% ../../nbs/12m_charts.ipynb #a4a25387
 def nearest_symbol(
     symbol:str, # one that is not known
 )->str: # one that is; '' if none comes near
@@ -224,6 +225,7 @@ class Chart:
 
     def __str__(self): return _text(self)
 
+# %% ../../nbs/12m_charts.ipynb #98da76de
 def beats_in(
     time:str, # '4/4', '3/4', '6/8'
 )->int: # in a bar
@@ -261,6 +263,7 @@ _SAME = [ # in lead sheets, and here
     (r'\./\.', '%')]
 _HEADER = re.compile(r'\s*([A-Za-z]\w*)\s*:(?!\|)\s*(.*?)\s*$')
 
+# %% ../../nbs/12m_charts.ipynb #b0b8e7d1
 def _words(text): # (number of the line, word or mark); headers as (number, (name, value))
     for number, line in enumerate(text.splitlines(), 1):
         line = re.sub(r'(^|\s)#(?!\d).*', '', line.expandtabs(1))
@@ -327,6 +330,7 @@ def _played(parts, form): # sections in the order of the header `form`
         if n not in names: raise ValueError(f'form: does not play [{n}]; add it, or take it away')
     return [(n, known[n]) for n in names]
 
+# %% ../../nbs/12m_charts.ipynb #c24d955e
 def _number(text): # beats a minute
     if not text: return None
     try: bpm = float(text)
@@ -428,6 +432,7 @@ def beat_times(
     times.append(2*times[-1] - times[-2])
     return times[:chart.beats*choruses + 1] if choruses else times
 
+# %% ../../nbs/12m_charts.ipynb #72ac95db
 def place_chords(
     chart:Chart,
     times:list, # s, of every beat and of the end, see `beat_times`

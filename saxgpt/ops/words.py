@@ -67,6 +67,7 @@ def tell(
     "Print for a person what may hold words of others: of files, servers, or a checkpoint."
     print(lines(text), file=getattr(sys, to), flush=True)
 
+# %% ../../nbs/10d_words.ipynb #536f19a4
 def notify(
     text:str,
 ):
