@@ -12,7 +12,7 @@ import numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from fastcore.basics import patch
 from numba import njit
-from torch import nn, Tensor
+from torch import Tensor
 from .transformer import SaxGPT
 
 # %% ../../nbs/06f_kernels.ipynb #fca999ba

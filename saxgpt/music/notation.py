@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..audio import SAMPLE_RATE
 from .notes import BeatGrid, beat_grid, notes_of, write_midi
 from .theory import NAMES
 from ..ops.files import atomic_path, reason
