@@ -182,7 +182,9 @@ def controls(self:Studio, folder:str):
                          self.redo)
     self.bars = widgets.IntRangeSlider(value=(1, 1), min=1, max=1, description='bars',
                                        layout=widgets.Layout(width='20em'))
-    self.link = widgets.jslink((self.bars, 'value'), (self.deck, 'range'))
+    self.link, self.chosen_bars = widgets.jslink((self.bars, 'value'), (self.deck, 'range')), (1, 1)
+    self.bars.observe(self.note_bars, 'value')
+    self.deck.observe(self.note_bars, 'range')
     self.buttons = _row(self.go, self.more, self.several, self.halt, self.knobs.seed, self.bars,
                         self.again)
     self.folder = widgets.Text(folder, description='keep in', layout=widgets.Layout(width='18em'))
@@ -360,11 +362,17 @@ def chosen(self:Studio, turn:int, seed:int, settings:dict):
 
 # %% ../nbs/08b_studio.ipynb #5e55b011
 @patch
+def note_bars(self:Studio, change):
+    "The bars that were marked last, on the slider or in the picture."
+    self.chosen_bars = tuple(change['new'])
+
+# %% ../nbs/08b_studio.ipynb #5e5c0002
+@patch
 def redo(self:Studio):
     "Play the marked bars again."
     if not self.halt.disabled:
         return self.say('A take is being made: wait until it is whole, or stop it first.')
-    self.player.do(self.redone, self.interrupt(), self.deck.current, self.bars.value,
+    self.player.do(self.redone, self.interrupt(), self.deck.current, self.chosen_bars,
                    int(self.knobs.seed.value), self.knobs.settings)
 
 @patch
