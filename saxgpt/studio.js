@@ -21,9 +21,9 @@ class Deck {                                          // one clock for backing a
     this.heard = (m, buffers) => this.receive(m, buffers)
     this.gesture = () => { this.open(); if (!this.running) this.ctx.suspend() }
     this.space = e => this.key(e)
-    this.ranged = () => {                             // the slider was moved, or follows
+    this.ranged = () => {                             // the slider was moved, or follows; it moves by itself where a backing has fewer bars
       const bars = model.get('range')
-      if (String(bars) !== String(model.get('marked'))) { model.set('marked', bars); model.save_changes(); this.show() }
+      if (this.takes.size && String(bars) !== String(model.get('marked'))) { model.set('marked', bars); model.save_changes(); this.show() }
     }
     model.on('msg:custom', this.heard)
     model.on('change:range', this.ranged)
@@ -134,7 +134,10 @@ class Deck {                                          // one clock for backing a
     if (what) what.call(this, m, buffers)
     this.show(m.kind !== 'sound')
   }
-  on_backing(m) { this.halt(); this.wanted = false; this.at = 0; this.takes.clear(); this.current = this.other = null; this.backing = new Track(m) }
+  on_backing(m) {
+    if (this.backing && this.backing.id !== m.id) { this.model.set('marked', []); this.model.save_changes() }
+    this.halt(); this.wanted = false; this.at = 0; this.takes.clear(); this.current = this.other = null; this.backing = new Track(m)
+  }
   on_chords(m) { if (this.backing) Object.assign(this.backing, m) }
   on_backing_sound(m, [b]) { if (this.backing && m.id === this.backing.id) this.backing.add(b, m.at) }
   on_take(m) {

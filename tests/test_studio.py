@@ -246,9 +246,11 @@ def test_uploads(page, tmp_path):
     stereo = np.tile(x[:, None] if x.ndim == 1 else x[:, :1], (2, 2))     # more than a piece
     sf.write(tmp_path/'my band.wav', stereo, rate)
     assert (tmp_path/'my band.wav').stat().st_size > 2 << 20
+    b.js(f'{DECK}.mark({DECK}.backing.bars[1] + .1, {DECK}.backing.bars[2] + .1)')
     b.choose_file("document.querySelector('.saxgpt-upload input')", tmp_path/'my band.wav')
     b.until(f"{DECK}.backing.name === 'my band.wav' && {DECK}.backing.n > 0 && {STATUS}.textContent.startsWith('my band.wav')")
     b.until(f'{DECK}.backing.estimated && {DECK}.backing.chords.length > 0')
+    assert b.js(f"{DECK}.model.get('marked')") == []                      # another tune, other bars
     assert b.js(f'{DECK}.takes.size') == 0 and not b.js(f"{STATUS}.classList.contains('saxgpt-bad')")
     b.click(AREA)
     b('Input.insertText', text='Gm7 | C7 | Fmaj7 | H7')
