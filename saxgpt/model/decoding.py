@@ -85,9 +85,9 @@ def pack_decoder_weights(
 ) -> SaxGPT: # the same
     "A model whose matrices lie as single steps on a processor read them fastest."
     if model.null.is_cuda: return model
-    with torch.inference_mode(False):
-        for m in (*model.decoder.modules(), *model.heads.modules()):
-            if isinstance(m, nn.Linear) and m.in_features <= m.out_features:
+    for m in (*model.decoder.modules(), *model.heads.modules()):
+        if isinstance(m, nn.Linear) and m.in_features <= m.out_features:
+            with torch.inference_mode(m.weight.is_inference()): # so the model can still be trained
                 m.weight.data = m.weight.data.t().contiguous().t()
     return model
 

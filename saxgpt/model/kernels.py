@@ -182,7 +182,8 @@ def numbers(t):
 
 def by_rows(linear):
     "Weights (out, in) of a layer, moved if they lie in another order."
-    with torch.inference_mode(False): linear.weight.data = linear.weight.data.contiguous()
+    with torch.inference_mode(linear.weight.is_inference()):
+        linear.weight.data = linear.weight.data.contiguous()
     return numbers(linear.weight)
 
 # %% ../../nbs/06f_kernels.ipynb #c36e5e84
