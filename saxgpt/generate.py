@@ -449,8 +449,8 @@ def main(
     tuning:float=None, # of the band, cents above A = 440 Hz; estimated when absent
     score:bool=False, # write a score too, as MusicXML
     instrument:str='concert', # that the notes are for: concert, soprano, alto, tenor, baritone
-    light:bool=False, # faster, less exact: 8-bit weights on a CPU, half precision on a GPU
-    compile:bool=False, # compile the step first: pays for long tunes on a CPU; needs a C++ compiler
+    light:bool=False, # less memory, less exact: 8-bit weights on a CPU, half precision on a GPU
+    compile:bool=False, # steps by torch.compile, seldom faster on a CPU; needs a C++ compiler
     codec:str=None, # name or folder of the codec; the one that the checkpoint names when absent
 ):
     "Play a saxophone solo over a backing track."
