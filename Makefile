@@ -139,6 +139,10 @@ weights: env
 	$(V)/saxgpt demo --out data/pitches --codes --minutes 24 --seed 901
 	$(V)/saxgpt demo --world wide --fonts $(FONTS) --out data/pitches --codes --minutes 48 --seed 902
 	$(V)/python -c 'from saxgpt.takes.changes import write_pitches; write_pitches("data/pitches")'
+	$(V)/saxgpt demo --world wide --fonts $(FONTS) --out data/chords --codes --minutes 480 --seed 21 $(HELD)
+	$(V)/saxgpt demo --world wide --fonts $(FONTS) --out data/chords --codes --minutes 210 --seed 22 $(HELD)
+	$(V)/saxgpt demo --out data/chords --codes --minutes 60 --seed 1
+	$(V)/python -m saxgpt.training.fit_chords --corpus data/chords --out saxgpt/weights/mel-rvq/chords.safetensors
 	$(V)/python -m saxgpt.pretrained models/settled/checkpoints/last saxgpt/weights/bundled --dataset $(WIDE)/7_datasets/train.safetensors
 	$(V)/saxgpt sweep --config demo data.val_path=$(WIDE)/7_datasets/val.safetensors --checkpoint saxgpt/weights/bundled \
 		--output-dir out/sweep --n 24 && cp out/sweep/sweep.json saxgpt/weights/bundled/

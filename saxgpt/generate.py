@@ -232,7 +232,7 @@ class FileOptions:
     codec:object = None # name or folder of the codec; None: the one that the checkpoint names
     prompt:object = None # audio file that the solo begins with and goes on from
     chart:object = None # chord chart of the backing: a file or text, see `read_chart`
-    stay_on_changes:float = 0. # how closely playing is held to the chords, see `ChordSteering`
+    stay_on_changes:float = None # how closely it is held to the chords, see `hold_to_changes`
     take:object = None # audio file: a solo of which the bars `redo` are played again
     redo:str = None # see `bar_ranges`
     tuning:float = None # of the band, cents above 440 Hz; None: as `band_tuning` finds
@@ -250,7 +250,7 @@ def check_request(out, mix, plot, seed:int, n:int, settings:dict)->tuple:
     options = FileOptions(**{k: v for k, v in settings.items() if k in names})
     sampling = {k: v for k, v in settings.items() if k not in names}
     check_settings(**resolve_sampling(sampling))
-    check_weight(options.stay_on_changes)
+    check_weight(options.stay_on_changes or 0)
     keep, seconds = n if options.keep is None else options.keep, options.seconds
     if n >= 1 and not 1 <= keep <= n: raise ValueError(
         f'keep must be from 1 to n, which is {n}, not {keep}')
@@ -280,7 +280,7 @@ class Inputs(NamedTuple):
     take: object = None # (1, N), a solo of which `ranges` are played again
     ranges: list = None # (start, stop), s
 
-def read_inputs(backing, out, o:FileOptions, chart=None)->Inputs:
+def read_inputs(backing, out, o:FileOptions, chart=None, codec=None)->Inputs:
     "Read what the request names, and lay the chart onto the backing."
     folder = next((p for p in Path(out).absolute().parents
                    if p.is_dir() and os.access(p, os.W_OK | os.X_OK)), None)
@@ -290,7 +290,7 @@ def read_inputs(backing, out, o:FileOptions, chart=None)->Inputs:
         f'{o.prompt}: is as long as the backing, which leaves nothing to play')
     truth = truth | dict(tuning=band_tuning(x, truth, o.tuning))
     name = str(o.chart) if os.path.isfile(str(o.chart)) else 'chart'
-    harmony = Harmony(x, truth, chart, name)
+    harmony = Harmony(x, truth, chart, name, codec)
     if chart: harmony.truth                     # laid before the first note
     if o.take is None: return Inputs(path, x, harmony, folder, prompt)
     take = fit_take(read_sound(o.take, o.seconds, folder), x.shape[1], o.take)
@@ -363,8 +363,8 @@ def generate_file(
     chart = read_chart(o.chart) if o.chart else None
     model, about = load_model(checkpoint, 'cuda' if torch.cuda.is_available() else 'cpu')
     if o.light: model = quantize_decoder(model)
-    i = read_inputs(backing, out, o, chart)
     codec = matching_codec(o.codec, about, checkpoint, model.null.device)
+    i = read_inputs(backing, out, o, chart, codec)
     files = i.path, i.path.with_name('truth.json'), o.prompt, o.take, checkpoint, o.codec, o.chart
     paths, notes = place_outputs(paths, (out, mix, plot), files, o)
     settings = resolve_settings(settings, model, about, codec, i)
@@ -442,7 +442,7 @@ def main(
     keep:int=None, # write only so many of them, those that fit the backing best
     prompt:str=None, # audio file that the solo begins with and goes on from
     chart:str=None, # chord chart of the backing, a text file such as "Dm7 G7 | Cmaj7"
-    stay_on_changes:float=0., # hold the notes to the chords: 0 not, 1 clearly, 2 at most
+    stay_on_changes:float=None, # hold the notes to the chords: 0 not, 2 at most; 1 when absent
     take:str=None, # solo over this backing of which only the bars --redo are played again
     redo:str=None, # those bars, such as 9-16, 9-, or 2,7-8; or seconds: 12.5s-20s
     seconds:float=None, # at most so much of the backing; all of it when absent

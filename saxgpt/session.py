@@ -31,13 +31,13 @@ from .ops.packages import without_warnings
 from .pretrained import load_model
 from .sampling import DEFAULT_SAMPLING, resolve_sampling
 from .takes.best import quick_line, rank_takes
-from .takes.changes import ChordSteering, Harmony, load_pitches
+from .takes.changes import STAY, Harmony, hold_to_changes
 from .takes.redo import redo
 
 # %% ../nbs/08g_session.ipynb #a3379360
 BLOCK = .4 # s of sound that are made and sent at a time
 KNOBS = dict(density=0., guidance=DEFAULT_SAMPLING['guidance'],
-             temperature=DEFAULT_SAMPLING['temperature'], changes=0.)
+             temperature=DEFAULT_SAMPLING['temperature'], changes=STAY)
 
 def pcm(
     x, # (1, N) in [-1, 1]
@@ -145,7 +145,7 @@ def put(self:Session,
     model, codec, about = self.band
     known = dict(tuning=band_tuning(x, truth), folder=self.temp.name)
     codes, level = KeptCodes(codec.for_backing, x, **known), normalize_loudness(x)
-    harmony = Harmony(level, truth | dict(tuning=known['tuning']))
+    harmony = Harmony(level, truth | dict(tuning=known['tuning']), codec=codec)
     self.takes.clear()
     self.backing = OpenBacking(f'b{self.made}', name, level, codes, harmony)
     self.made, self.number = self.made + 1, 0
@@ -236,7 +236,7 @@ def lay(self:Session,
     if (b := self.backing) is None: raise ValueError('there is no backing yet: open one first')
     harmony = b.own
     if text.strip():
-        harmony = Harmony(b.x, b.own.known, read_chart(text.strip()))
+        harmony = Harmony(b.x, b.own.known, read_chart(text.strip()), codec=b.own.codec)
         with without_warnings(): laid = harmony.from_chart()
         if not laid: raise ValueError(f'chart: {harmony.said[-1]}')
         harmony.known = harmony.known | laid
@@ -276,11 +276,8 @@ def sampling(self:Session, settings:dict)->dict:
     (model, codec, _), b, knobs = self.band, self.backing, KNOBS | settings
     weight = knobs.pop('changes')
     asked = resolve_sampling(knobs, model.cfg.condition_dropout)
-    if not weight: return asked
-    self.estimate()
-    faster = 2**(b.tuning/1200)                    # what the model hears is at A = 440 Hz
-    chords = [c | dict(start=faster*c['start'], end=faster*c['end']) for c in b.chords]
-    steer = ChordSteering(load_pitches(codec), chords, weight, asked['temperature'])
+    weight = None if weight == STAY else weight    # where it can be done
+    steer = hold_to_changes(codec, b.harmony, weight, asked['temperature'])
     return asked | dict(steer=steer)
 
 @patch

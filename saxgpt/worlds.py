@@ -21,16 +21,17 @@ from .demo import VERSION, compose, render, truth_of
 from .evaluate import ResultCache, mean_ci, plain, resumable
 from .ops.files import locked, output_path, save_picture, write_text
 from .evaluation.fit import fit_scores, partner, transpose
-from .generate import distance_to_corpus, notice_strange
-from .generation import encode_audio
+from .generate import IN_TUNE, distance_to_corpus, notice_strange
+from .generation import encode_audio, solo_sound
 from .metrics import longest_silence
-from .music.transcription import describe_backing, describe_solo
+from .music.transcription import describe_backing, describe_solo, tuning_of
 from .model.decoding import generate_codes
 from .music.feels import BANDS, FEELS
 from .music.recording import KINDS
 from .music.world import make_pool
 from .sampling import resolve_sampling
 from .pretrained import load_model
+from .takes.changes import Harmony, check_weight, hold_to_changes
 from .ops.words import bar, tell
 
 # %% ../nbs/09f_worlds.ipynb #73fdaa3a
@@ -120,17 +121,19 @@ def real(self:Row, i:int)->dict:
 @patch
 def played(self:Row, i:int)->dict:
     "Scores of the played solo of tune i, and its silence."
-    model, codec, settings, chosen, who = self.player
+    model, codec, settings, chosen, stay, who = self.player
     def work():
         backing, truth, own = self.hear(i).backing, self.truths()[i], settings
-        coded = encode_audio(codec.for_backing, backing)
+        tuning = cents if abs(cents := tuning_of(backing)) >= IN_TUNE else 0.
+        coded = encode_audio(codec.for_backing, backing, tuning=tuning)
         if known := model.about['backings']:
-            far = distance_to_corpus(codec, backing, known)
+            far = distance_to_corpus(codec, backing, known, tuning=tuning)
             own, _ = notice_strange(far, known, settings, chosen)
-        codes = generate_codes(model, coded, [i], codec=codec, **own)
+        steer = hold_to_changes(codec, Harmony(backing), stay, own['temperature'])
+        codes = generate_codes(model, coded, [i], codec=codec, steer=steer, **own)
         heard = codec.sounding(codes), codec.for_backing.sounding(coded)
         beats = longest_silence(*(x[0].cpu().numpy() for x in heard))/50*truth['bpm']/60
-        sound = codec.decode(codes)[0].cpu().numpy()
+        sound = np.concatenate([*solo_sound(codec, [codes], backing.shape[1], tuning)], 1)
         return self.scores(i, sound) | dict(silence=beats/FEELS[truth['feel']].meter)
     return self.store('played', [*self.cache_key, self.n, i, who, settings], work)
 
@@ -152,17 +155,20 @@ def measure_worlds(
     checkpoint='bundled', output_dir='out/worlds', # folders; the second for the pieces of work
     n:int=16, seconds:float=30., seed:int=977, # tunes of each world, their length, of the tunes
     device:str='cpu', progress=lambda name: (lambda x: bar(x, desc=f'{name:10}')),
+    stay_on_changes:float=None, # see `hold_to_changes`
     **settings # of `generate_codes`: temperature, top_k, top_p, guidance, density
 )->dict: # checkpoint, settings, worlds: name -> as from `measure_world`
     "The table of worlds; goes on where an earlier run stopped."
     model, info = load_model(checkpoint, device)
     codec, out = load_codec(info['codec_name'], device), Path(output_dir)
-    chosen = 'guidance' in settings
+    stay, chosen = stay_on_changes, 'guidance' in settings
+    check_weight(stay or 0)
     settings = resolve_sampling(settings, model.cfg.condition_dropout)
-    who = [info['source'].rpartition(' ')[2], codec.decoder_hash, chosen]
+    who = [info['source'].rpartition(' ')[2], codec.decoder_hash, chosen, stay]
     with locked(out):
         for name in ('worlds.json', 'worlds.png'): output_path(out/name, checkpoint, named=False)
-        player, store, got = (model, codec, settings, chosen, who), ResultCache(out/'items'), {}
+        player = model, codec, settings, chosen, stay, who
+        store, got = ResultCache(out/'items'), {}
         for k, w in worlds.items():
             row = Row(w, player, store, n, seconds, seed)
             got[k] = dict(about=w.about, **measure_world(row, progress(k)))

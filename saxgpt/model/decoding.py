@@ -233,6 +233,7 @@ def watch(self:Window,
 ):
     "Let `control` look at what is played, and `steer` what comes next."
     self.control, self.start, self.steer = control, start, steer
+    if hasattr(steer, 'listen'): steer.listen(self.backing, start)
 
 @patch
 def look(self:Window,
@@ -314,7 +315,8 @@ class PlaySettings:
     compiled:bool = False # compile the step, on a CPU
     codec:object = None # of the codes: silence is noticed, and ended; None: it is not
     density:float = None # how much is played, see `rest_bias`, with `codec`; None: rests as is
-    steer:object = None # first codebook: logits (n, 2048), frame, codes before (n,) to logits
+    steer:object = None # first codebook: logits (n, 2048), frame, codes before (n,) to logits;
+                        # its `listen`, if it has one, is given each stretch and its first frame
 
     def check(self, K:int, B:int, n:int): # codebooks, backings, seeds
         "Raise `ValueError` where the settings cannot be played."
