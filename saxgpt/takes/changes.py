@@ -155,7 +155,7 @@ class ChordSteering:
         return logits + gain - new*excess.nan_to_num()[:, None]
 
 # %% ../../nbs/08f_changes.ipynb #8f0c0031
-UNSURE = 1.5 # weight of what is heard, beside that of a chart
+UNSURE = 2. # weight of what is heard, beside that of a chart
 
 class HeardChords:
     "How well pitch classes fit the chords that a reader hears."
