@@ -11,7 +11,7 @@ import math, os, statistics, time
 import numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from fastcore.basics import patch
-from numba import njit
+from numba import config, njit
 from torch import Tensor
 from .transformer import SaxGPT
 
@@ -158,11 +158,13 @@ class KernelStep:
         shared:bool=False, # whether all other rows have the same memory
         threads:int=None, # to play with; None: as many as prove fastest
     ):
+        if config.DISABLE_JIT: raise ValueError('NUMBA_DISABLE_JIT is set')   # loops of Python, then
         self.model, self.cache, self.shared, self.place = model, cache, shared, np.zeros(1, int)
         B, _, self.S, _ = cache.self_kv[0].k.shape
         self.n, self.eps, self.threads = B - free, np.float32(model.decoder.norm.eps), 1
         rope = model.decoder.layers[0].self_attn.rope
         self.table = numbers(rope.table) if rope else np.zeros((self.S, 0, 2), np.float32)
+        self.S = min(self.S, len(self.table))            # nothing checks where loops read
         self.x, self.y = (np.zeros((B, n), np.float32) for n in model.heads.proj.weight.shape[::-1])
         ways = [1] + [2**i for i in range(1, 9) if 2**i <= min(B, threads or cores())]
         self.ways = {n: [self.part(a, b) for a, b in split_rows(B, n)] for n in ways}
@@ -173,7 +175,7 @@ class KernelStep:
         except Exception:
             forget_code()
             self(*trial)
-        self.threads = threads or (None if self.pool else 1)
+        self.threads = max(ways) if threads or not self.pool else None
 
 # %% ../../nbs/06f_kernels.ipynb #ec0661d6
 def numbers(t):
