@@ -435,7 +435,11 @@ def hold_to_changes(
     check_weight(weight)
     reader = weight and load_chord_reader(codec)
     if not weight or not (reader or chosen): return None
-    pitches, known = load_pitches(codec), harmony.known_chords
-    if not known: return ChordSteering(pitches, HeardChords(reader), weight, temperature)
+    try: pitches = load_pitches(codec)
+    except ValueError:                       # other codes for leads, the same for backings
+        if chosen: raise
+        return None
+    if not (known := harmony.known_chords):
+        return ChordSteering(pitches, HeardChords(reader), weight, temperature)
     chords = KnownChords(known, harmony.tuning)
     return ChordSteering(pitches, chords, weight, temperature)
