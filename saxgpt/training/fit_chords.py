@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 
 from ..codec import load_codec
+from ..codecs.base import check_codec
 from ..config import OptimizerConfig, command
 from ..model.chord_reader import FRAMES, ROOTS, ChordReader
 from ..ops.files import atomic_path, content_hash, output_path, read_json, read_tensors
@@ -41,11 +42,14 @@ class ChordCorpus:
         folder, # as `saxgpt demo --codes` makes it
         n:int, # readings in a stretch
         keep=lambda i: True, # recordings to use, by their number
+        codec=None, # the one that must have made the codes; None: any
     ):
         folder, parts, self.first = Path(folder), [], []
         for i, path in enumerate(sorted((folder/'6_codes').glob('*.safetensors'))):
             if not keep(i): continue
-            codes = read_tensors(path)[0]['backing']
+            tensors, about = read_tensors(path)
+            if codec: check_codec(codec.fingerprint(), about, str(path))
+            codes = tensors['backing']
             chords = read_json(folder/'1_download'/path.stem/'truth.json')['chords']
             T = codes.shape[1]//FRAMES*FRAMES
             if T < n*FRAMES: continue
@@ -151,8 +155,10 @@ def fit_chords(
     "Train a reader, going on where an earlier run stopped."
     s, codec, out = settings, load_codec(codec), output_path(out, folder)
     if s.steps < 1: raise ValueError(f'--steps: given {s.steps}; at least 1')
-    learnt = ChordCorpus(folder, s.readings, lambda i: i % 10)
-    held = ChordCorpus(folder, s.readings, lambda i: i % 10 == 0)
+    if not hasattr(getattr(codec.for_backing, 'settings', None), 'pitches'): raise ValueError(
+        f'--codec: {codec.name} does not code pitches of backings; take one that does: bundled')
+    learnt = ChordCorpus(folder, s.readings, lambda i: i % 10, codec)
+    held = ChordCorpus(folder, s.readings, lambda i: i % 10 == 0, codec)
     torch.manual_seed(s.seed)
     reader = ChordReader(codec.for_backing.code_vectors, codec.for_backing.settings, s.d_model,
                          s.num_layers)
@@ -177,7 +183,8 @@ def _save(state, run, step, reader, opt):
 def _resume(state, run, reader, opt):
     "Read it back: the steps of the same run, 0 where there is nothing."
     if not state.exists(): return 0
-    parts = torch.load(state, weights_only=True)
+    try: parts = torch.load(state, weights_only=True)
+    except Exception: raise ValueError(f'{state}: is damaged; delete it to begin anew') from None
     if parts['run'] != run: return 0
     reader.load_state_dict(parts['reader'])
     opt.load_state_dict(parts['opt'])
