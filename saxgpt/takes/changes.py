@@ -148,11 +148,13 @@ class ChordSteering:
     def __call__(self, logits, frame, before): # (n, E), frame of the tune, codes (n,) -> (n, E)
         fit = self.chords.fit(frame)
         if fit is None: return logits
-        new = self.sounds - HELD*self.pitches[before] @ self.codes
-        gain = new*(GAIN*self.weight*fit.to(new) @ self.codes)
-        def total(x): return self.temperature*(x/self.temperature + new.log()).logsumexp(1)
-        excess = total(logits + gain) - total(logits)
-        return logits + gain - new*excess.nan_to_num()[:, None]
+        gain = GAIN*self.weight*fit.to(self.codes) @ self.codes
+        held = self.pitches[before] @ self.codes           # (n, E): as far as they are the same note
+        new, t = (self.sounds - held).clamp(min=0), self.temperature
+        leave = HELD*held*(gain - gain.amax(1, keepdim=True)*self.sounds)    # 0 on the best tone
+        def total(weights, more=0): return (logits/t + weights.log() + more/t).logsumexp(1)
+        excess = total(new, gain) - total(new - held*(leave/t).expm1())
+        return logits + new*(gain - t*excess.nan_to_num()[:, None]) + leave
 
 # %% ../../nbs/08f_changes.ipynb #8f0c0031
 UNSURE = 2. # weight of what is heard, beside that of a chart
