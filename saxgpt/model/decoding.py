@@ -171,7 +171,9 @@ class SilenceControl:
         guidance:float=1., # weight of the backing while all is well; 1: as learnt, never raised
         bias:float=0., # added to the logits of silent codes while all is well
         device='cpu', # where the codes are
+        patience:int=None, # frames of silence before a rise; `PATIENCE` when absent
     ):
+        self.patience = patience or PATIENCE
         self.codec, self.silent, self.base = codec, codec.silent.to(device), bias
         steps = [guidance, *(max(guidance, g) for g in RISE)]
         self.steps = torch.tensor(steps, dtype=torch.float32, device=device)
@@ -181,7 +183,7 @@ class SilenceControl:
     def set_weights(self):
         "Set `guidance` (n, 1, 1) and `bias` (n, 2048) of the first codebook, None where it is 0."
         self.guidance = self.steps[self.level][:, None, None]
-        bias = self.base + FORCE*(self.rest >= PATIENCE + len(RISE)*AGAIN)
+        bias = self.base + FORCE*(self.rest >= self.patience + len(RISE)*AGAIN)
         self.bias = bias[:, None]*self.silent if bias.any() else None
 
 # %% ../../nbs/06e_decoding.ipynb #ad337a31
@@ -195,8 +197,8 @@ def look(self:SilenceControl,
     f = lead.shape[2]
     note, reason = heard(self.codec, lead) >= 3, heard(self.codec.for_backing, backing)*2 < f
     self.rest = torch.where(note, 0, self.rest + f*~reason)
-    above = ((self.rest - PATIENCE)//AGAIN + 1).clamp(0, len(RISE))
-    self.owed = torch.where(above > 0, PATIENCE, (self.owed - f*note).clamp(min=0))
+    above = ((self.rest - self.patience)//AGAIN + 1).clamp(0, len(RISE))
+    self.owed = torch.where(above > 0, self.patience, (self.owed - f*note).clamp(min=0))
     self.level = torch.maximum(self.level, above)*(self.owed > 0)
     self.set_weights()
 
@@ -332,7 +334,9 @@ def _play_windows(model:SaxGPT, backing, lead:Tensor, draw, p:PlaySettings):
     (n, K, done), T, dev, window = lead.shape, backing.shape[2], model.null.device, None
     longest = model.cfg.max_seq_len - 1 - K
     overlap = p.overlap if 1 <= p.overlap < longest else longest//3
-    control = p.codec and SilenceControl(p.codec, n, p.guidance, rest_bias(p.density), dev)
+    patience = min(PATIENCE, max(AGAIN, T//4))               # a short tune has little time
+    control = p.codec and SilenceControl(p.codec, n, p.guidance, rest_bias(p.density), dev,
+                                         patience)
     for start, stop in windows(T, longest, overlap):
         if stop <= done: continue
         known = lead[..., max(0, lead.shape[2] - (done - start)):]
