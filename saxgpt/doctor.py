@@ -234,7 +234,7 @@ def check_extra(
     here = ', '.join(f'{r.name} {installed(r.name)}' for r in asked if installed(r.name))
     missing, get = [r.name for r in asked if not installed(r.name)], pip(f'saxgpt[{extra}]')
     if missing or not asked: raise Absent(
-        f'{", ".join(missing) or "not"} not installed; optional, for {EXTRAS[extra]}: {get}')
+        f'{", ".join(missing)} not installed; optional, for {EXTRAS[extra]}: {get}'.strip())
     if wrong := [f'{r.name}{r.specifier}' for r in asked if not fits(r)]: raise ValueError(
         f'{here}, but {", ".join(wrong)} is asked for: {get}')
     return here
