@@ -88,7 +88,7 @@ def load_pitches(
 
 # %% ../../nbs/08f_changes.ipynb #8f0c000d
 STAY, MOST_WEIGHT = 1., 2. # of `--stay-on-changes`: unless one is asked for, and at most
-GAIN = 2. # logits that weight 1 adds to chord tones
+GAIN = 3. # logits that weight 1 adds to chord tones
 OTHER_SCALE, HELD = .5, .5 # what a note of the scale gets of it; how little a held note is new
 
 def check_weight(
@@ -178,18 +178,19 @@ CHANGE, TONES = 2., .5 # nats: what another chord costs; weight of its tones bes
 def name_chords(
     heard, # `Chords` (1, n) of a reader
     edges, # (m + 1,) readings where beats begin
-)->list: # (first beat, last + 1, root, quality) of each chord
+)->list: # (first beat, last + 1, root, quality) of each chord, where there is one
     "The likeliest names of what a reader hears."
     labels = [(r, q) for q in ESTIMATED for r in range(12)]
     root = np.array([r for r, _ in labels])
     tones = np.array([[(p - r) % 12 in QUALITIES[q][0] for p in range(12)] for r, q in labels])
     logs = [x[0].double().clamp(1e-4, 1 - 1e-4).cpu().numpy().T for x in heard]
     score = np.log(logs[0])[root] + TONES*(tones @ np.log(logs[1]) + ~tones @ np.log(1 - logs[1]))
+    score = np.r_[score, [np.log(logs[0][-1]) + score.max(0) - np.log(logs[0][:-1]).max(0)]]
     spans = [(min(a, score.shape[1] - 1), b) for a, b in zip(edges, edges[1:])]
     beats = np.stack([score[:, a:max(b, a + 1)].mean(1) for a, b in spans], 1)
     path = likeliest(beats, CHANGE)
     starts = [0, *(i for i in range(1, len(path)) if path[i] != path[i - 1]), len(path)]
-    return [(a, b, *labels[path[a]]) for a, b in zip(starts, starts[1:])]
+    return [(a, b, *labels[path[a]]) for a, b in zip(starts, starts[1:]) if path[a] < len(labels)]
 
 # %% ../../nbs/08f_changes.ipynb #8f0c0036
 def hear_chords(
