@@ -218,7 +218,7 @@ def plot_worlds(results:dict, fig=None): # label -> as from `measure_worlds`
             if y is None: continue
             ax.plot((x - .45, x + .45), (y, y), style, lw=1, label=None if x else label)
     ax.set(xticks=range(len(names)), xticklabels=names, ylim=(0, 1), ylabel='time on chord tones')
-    ax.legend(fontsize=7, ncols=2)
+    ax.legend(fontsize=7, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1))
     return fig
 
 # %% ../nbs/09f_worlds.ipynb #c654a695
