@@ -21,7 +21,7 @@ from .demo import VERSION, compose, render, truth_of
 from .evaluate import ResultCache, mean_ci, plain, resumable
 from .ops.files import locked, output_path, save_picture, write_text
 from .evaluation.fit import fit_scores, partner, transpose
-from .generate import IN_TUNE, distance_to_corpus, notice_strange
+from .generate import distance_to_corpus, notice_strange, unless_in_tune
 from .generation import encode_audio, solo_sound
 from .metrics import longest_silence
 from .music.transcription import describe_backing, describe_solo, tuning_of
@@ -124,7 +124,7 @@ def played(self:Row, i:int)->dict:
     model, codec, settings, chosen, stay, who = self.player
     def work():
         backing, truth, own = self.hear(i).backing, self.truths()[i], settings
-        tuning = cents if abs(cents := tuning_of(backing)) >= IN_TUNE else 0.
+        tuning = unless_in_tune(tuning_of(backing))
         coded = encode_audio(codec.for_backing, backing, tuning=tuning)
         if known := model.about['backings']:
             far = distance_to_corpus(codec, backing, known, tuning=tuning)

@@ -24,9 +24,9 @@ from ..generation import LazyEncoder
 from ..model.chord_reader import FRAMES, LONGEST, load_chord_reader
 from ..music.charts import read_symbol
 from ..music.notes import downbeats_of
-from saxgpt.music.transcription import (ESTIMATED, beats_of_backing, half_bars, likeliest,
-    read_chords, tuning_of)
-from ..music.theory import NAMES, QUALITIES
+from ..music.transcription import (LABELS, beats_of_backing, chords_along, half_bars,
+    likeliest, read_chords, tuning_of)
+from ..music.theory import QUALITIES
 from ..ops.files import read_json, read_tensors, write_tensors
 from ..ops.packages import without_warnings
 from ..ops.words import notify
@@ -178,19 +178,16 @@ CHANGE, TONES = 2., .5 # nats: what another chord costs; weight of its tones bes
 def name_chords(
     heard, # `Chords` (1, n) of a reader
     edges, # (m + 1,) readings where beats begin
-)->list: # (first beat, last + 1, root, quality) of each chord, where there is one
+)->list: # (m,) a number of `LABELS` for each beat, or one more where there is no chord
     "The likeliest names of what a reader hears."
-    labels = [(r, q) for q in ESTIMATED for r in range(12)]
-    root = np.array([r for r, _ in labels])
-    tones = np.array([[(p - r) % 12 in QUALITIES[q][0] for p in range(12)] for r, q in labels])
+    root = np.array([r for r, _ in LABELS])
+    tones = np.array([[(p - r) % 12 in QUALITIES[q][0] for p in range(12)] for r, q in LABELS])
     logs = [x[0].double().clamp(1e-4, 1 - 1e-4).cpu().numpy().T for x in heard]
     score = np.log(logs[0])[root] + TONES*(tones @ np.log(logs[1]) + ~tones @ np.log(1 - logs[1]))
     score = np.r_[score, [np.log(logs[0][-1]) + score.max(0) - np.log(logs[0][:-1]).max(0)]]
     spans = [(min(a, score.shape[1] - 1), b) for a, b in zip(edges, edges[1:])]
     beats = np.stack([score[:, a:max(b, a + 1)].mean(1) for a, b in spans], 1)
-    path = likeliest(beats, CHANGE)
-    starts = [0, *(i for i in range(1, len(path)) if path[i] != path[i - 1]), len(path)]
-    return [(a, b, *labels[path[a]]) for a, b in zip(starts, starts[1:]) if path[a] < len(labels)]
+    return likeliest(beats, CHANGE)
 
 # %% ../../nbs/08f_changes.ipynb #8f0c0036
 def hear_chords(
@@ -207,12 +204,7 @@ def hear_chords(
     seconds, rate = x.shape[1]/SAMPLE_RATE, 50/FRAMES*2**(tuning/1200)
     inner = np.asarray(beats if len(beats) > 1 else np.arange(.5, seconds, .5))
     edges = np.r_[0., inner[(inner > 0) & (inner < seconds)], seconds]
-    out = []
-    for a, b, r, q in name_chords(heard, (rate*edges).round().astype(int)):
-        tones, scale = ([(r + s) % 12 for s in notes] for notes in QUALITIES[q])
-        out.append(dict(start=float(edges[a]), end=float(edges[b]), name=NAMES[r] + q, root=r,
-                        tones=tones, scale=scale))
-    return out
+    return chords_along(name_chords(heard, (rate*edges).round().astype(int)), edges)
 
 # %% ../../nbs/08f_changes.ipynb #8f0c0014
 def chart_agreement(
