@@ -21,6 +21,7 @@ lend_caches()
 
 # `python -m saxgpt.NAME --help` imports no more than its help needs, see nbs/15_cli.ipynb.
 if (sys.argv[:1] == ['-m'] and {'-h', '--help'} & {*sys.argv}
-        and sys.orig_argv[-len(sys.argv)].startswith('saxgpt.')):
+        and sys.orig_argv[-len(sys.argv)].startswith('saxgpt.')
+        and sys.orig_argv[-len(sys.argv)] != 'saxgpt.cli'):
     from saxgpt.cli import mock_imports
     mock_imports(sys.argv[1:])

@@ -92,3 +92,5 @@ def main(
 def _fail(text, status=2):
     tell(f'saxgpt: {text}')
     return status
+
+if __name__ == '__main__' and '__file__' in globals(): main()

@@ -34,7 +34,7 @@ from .music.plots import plot_solo
 from .music.transcription import MOST_CENTS, truth_beside, tuning_of
 from .ops.packages import without_warnings
 from .pretrained import load_model
-from .takes.redo import bar_ranges, fit_take, redo_solos
+from .takes.redo import bar_ranges, fit_take, redo_solos, suggest_bars
 from .sampling import (DEFAULT_SAMPLING, DEFAULT_SAMPLING_NO_CFG, check_settings,
     resolve_sampling)
 from .takes.changes import Harmony, check_weight, hold_to_changes
@@ -246,6 +246,7 @@ class FileOptions:
     progress:bool = True # show a bar
     keep:int = None # write only so many of the solos, those that fit best; None: all
     report:object = None # called with a table of all solos where the best are kept
+    again:list = None # gets bars that could be played again, see `suggest_bars`
 
 def check_request(out, mix, plot, seed:int, n:int, settings:dict)->tuple:
     "Paths, `FileOptions` and settings of the sampler, or `ValueError`."
@@ -381,7 +382,10 @@ def generate_file(
         if o.report: o.report(table)
     name = 'the demo backing' if str(backing) == 'demo' else i.path.name
     titles = [f'{name}, seed {s}' for s in seeds]
-    return write_solos(paths, solos, i.sound, i.harmony, titles, notes, i.ranges)
+    written = write_solos(paths, solos, i.sound, i.harmony, titles, notes, i.ranges)
+    if o.again is not None:
+        o.again.append(suggest_bars(i.harmony.bars, i.sound.shape[1]/SAMPLE_RATE))
+    return written
 
 # %% ../nbs/08c_generate_command.ipynb #562b7ab5
 def print_summary(
@@ -390,6 +394,7 @@ def print_summary(
     seed:int, # one that has not been played yet
     notes=(), # MIDI files and scores beside them
     backing='my-track.mp3', # what was played over
+    again:str='1-2', # bars of it that there are
 ): # prints
     "Where the solos are and how to go on."
     for row in paths:
@@ -404,7 +409,7 @@ def print_summary(
         program = os.path.relpath(sys.executable)
         if Path(sys.executable).is_relative_to(Path.cwd()): here = f'{program} -m saxgpt.generate'
     solo, quote = paths[0][0], lambda p: shlex.quote(str(p))
-    print(f'Some bars of it again:  {here} {quote(backing)} --take {quote(solo)} --redo 1-2 '
+    print(f'Some bars of it again:  {here} {quote(backing)} --take {quote(solo)} --redo {again} '
           f'-o {quote(solo.with_stem(solo.stem + "-again"))}')
     print(f'Over your own recording, any format:  {here} my-track.mp3 -o out/my-solo.wav')
 
@@ -457,11 +462,12 @@ def main(
     codec:str=None, # name or folder of the codec; the one that the checkpoint names when absent
 ):
     "Play a saxophone solo over a backing track."
-    t0, play = time.time(), dict(temperature=temperature, guidance=guidance, density=density)
+    t0, again = time.time(), []
+    play = dict(temperature=temperature, guidance=guidance, density=density, again=again)
     paths = generate_file(backing, output, mix, plot, checkpoint, seed, n, seconds=seconds,
         keep=keep, report=print, codec=codec, prompt=prompt, take=take, redo=redo, tuning=tuning,
         light=light, compiled=compile, top_k=top_k, top_p=top_p, score=score,
         instrument=instrument, chart=chart, stay_on_changes=stay_on_changes, **play)
     written = out_paths(output, mix, plot, len(paths))
     notes = [p for row in written for p in notes_paths(row[0], score)]
-    print_summary(paths, time.time() - t0, seed + n, notes, backing)
+    print_summary(paths, time.time() - t0, seed + n, notes, backing, *again)

@@ -21,7 +21,7 @@ from saxgpt.cli import commands
 
 root = Path(__file__).resolve().parents[1]
 notebooks = sorted(p for p in (root/'nbs').glob('[0-9]*.ipynb'))
-modules = sorted(p for p in (root/'saxgpt').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
+modules = sorted(p for p in (root/'saxgpt').rglob('*.py') if p.name not in ('__init__.py', '__main__.py', '_modidx.py'))
 
 # Each room may import from the rooms before it; rooms of one line do not import one another unless listed in `inside`.
 # A module is named by itself where it stands lower than the rest of its room.
@@ -260,6 +260,15 @@ def test_help_imports_nothing_slow(name, nothing_installed, monkeypatch, capsys)
                        capture_output=True, text=True, env=nothing_installed)
     assert r.returncode == 0 and 'usage' in r.stdout, r.stderr
     assert r.stdout == help_of(name, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize('module', ['saxgpt', 'saxgpt.cli'])
+def test_python_m_is_the_command(module, nothing_installed):
+    def said(*words): return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=nothing_installed)
+    for words in [['--help'], ['backing', '--help'], ['genrate'], []]:
+        mine, command = said('-m', module, *words), said('-c', 'from saxgpt.cli import main; main()', *words)
+        assert (mine.returncode, mine.stdout, mine.stderr) == (command.returncode, command.stdout, command.stderr)
+        assert mine.stdout or mine.stderr
 
 
 def test_a_solo_begins_without_slow_imports():
