@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'SPELLINGS', 'NO_CHORD', 'MAX_BARS', 'HEADERS', 'MAX_SIZE', 'plain_quality', 'quality_of', 'read_symbol',
-           'nearest_symbol', 'read_bar', 'limited', 'SectionReader', 'read_mark', 'Chart', 'beats_in', 'read_key',
-           'read_chart', 'transpose_symbol', 'transpose_chart', 'beat_times', 'place_chords', 'final_chord']
+           'nearest_symbol', 'read_bar', 'limited', 'Measure', 'SectionReader', 'read_mark', 'name_sign', 'signs_of',
+           'play_order', 'Chart', 'beats_in', 'read_key', 'read_chart', 'transpose_symbol', 'transpose_chart',
+           'beat_times', 'place_chords', 'final_chord']
 
 # %% ../../nbs/12m_charts.ipynb #77d88c57
 import difflib, math, os, re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from fastcore.basics import patch
 
@@ -105,7 +107,6 @@ def nearest_symbol(
 
 # %% ../../nbs/12m_charts.ipynb #dc4617b1
 _SLOTS = '.', '/'
-_JUMPS = r'(?i)\(?(d\.?[cs]\..*|d\.?[cs]|fine|(to)?coda|to|(dal)?segno|[𝄋𝄌⊕§])\)?'
 
 def read_bar(
     words:list, # what stands between two bar lines
@@ -129,8 +130,8 @@ def read_bar(
 def _checked(word): # a symbol that is known
     if re.fullmatch(r'(?i)n\.?c\.?', word): return NO_CHORD
     if word == '%': raise ValueError('% stands alone in its bar; write the chord again')
-    if re.fullmatch(_JUMPS, word): raise ValueError(
-        f'{word[:24]} is not followed; name the sections, and write their order as form: A B A')
+    if word[0] == '@': raise ValueError(
+        f'{word[1:24].replace("_", " ")} stands between chords; write it at a bar line')
     if len(word) < 32 and read_symbol(word): return word
     near = nearest_symbol(word)
     near = f'; nearest is {near}' if near else ''
@@ -146,6 +147,13 @@ def limited(
     if n > MAX_BARS: raise ValueError(f'{n} bars with all repeats; a chart has {MAX_BARS} at most')
     return n
 
+class Measure(NamedTuple):
+    "A bar of a section, with the signs at its bar lines, such as '@Segno'."
+    chords: tuple       # of (symbol, beats)
+    before: tuple = ()  # signs
+    behind: tuple = ()
+    again: bool = False # whether it is played once more by a repeat
+
 class SectionReader:
     "Bars of a section while they are read."
     def __init__(self, beats:int): # beats in a bar
@@ -153,11 +161,24 @@ class SectionReader:
         self.first, self.open, self.body, self.endings = 0, False, None, 0
 
     def close_bar(self):
-        "The words since the last bar line are a bar."
-        if not self.words: return
-        self.written += 1
-        self.bars.append(read_bar(self.words, self.beats, self.bars[-1] if self.bars else ()))
-        self.words = []
+        "The words since the last bar line are a bar; signs alone belong to the one before."
+        words, at = self.words, [i for i, w in enumerate(self.words) if w[0] != '@']
+        if at:
+            a, b, last = at[0], at[-1] + 1, self.bars[-1].chords if self.bars else ()
+            self.written += 1
+            chords = read_bar(words[a:b], self.beats, last)
+            self.bars.append(Measure(chords, tuple(words[:a]), tuple(words[b:])))
+        elif self.bars:
+            m = self.bars[-1]
+            self.bars[-1] = m._replace(behind=(*m.behind, *words))
+        if at or self.bars: self.words = []
+
+    def repeat(self,
+        bars:list, # that are played after all since `first`
+    ):
+        "Go back: what was played before is not the last time."
+        limited(len(self.bars) + len(bars))
+        self.bars[self.first:] = [m._replace(again=True) for m in self.bars[self.first:]] + bars
 
     def end(self):
         "Nothing may be left open where a section ends."
@@ -184,8 +205,9 @@ def read_mark(
         if times < 1 or s.first == len(s.bars) and s.body is None:
             raise ValueError(f'{mark} has nothing to repeat')
         if s.body is None:
-            limited(len(s.bars) + (len(s.bars) - s.first)*(times - 1))
-            s.bars += s.bars[s.first:]*(times - 1)
+            body = s.bars[s.first:]
+            limited(len(s.bars) + len(body)*(times - 1))
+            for _ in range(times - 1): s.repeat(body)
             s.first = len(s.bars)
         s.open = False
     elif mark == ']' and not s.endings: raise ValueError('] closes no ending: [1. is missing')
@@ -194,8 +216,73 @@ def read_mark(
 def _read_ending(s, number): # `[2.`: the repeated bars again
     if number != s.endings + 1: raise ValueError(f'ending [{number}. comes after [{s.endings + 1}.')
     if number == 1: s.body = s.bars[s.first:]
-    else: s.bars += s.body[:limited(len(s.bars) + len(s.body))]
+    else: s.repeat(s.body)
     s.endings, s.open = number, False
+
+# %% ../../nbs/12m_charts.ipynb #efd06397
+_CODA = r'(?:coda\b\s?[𝄌⊕]?|[𝄌⊕](?:\s?coda\b)?)'
+_SEGNO = r'(?:segno\b\s?[𝄋§]?|[𝄋§](?:\s?segno\b)?)'
+_SIGN = re.compile(rf"""(?ix) \[(?!\d\.?\s)[^\[\]|]*\] | (?<![^\s|(:\]]) \(? (?:
+    (?: d\.\s?[cs]\b\.? | d[cs]\b\.? | da\s?capo\b | d(?:al|\.)\s?{_SEGNO} )
+        (?: \s?al\s?(?: {_CODA} | fine\b ))?
+    | (?:to\s?)?{_CODA} | {_SEGNO} | fine\b ) \)? (?=[\s|:\]]|$)""")
+
+def name_sign(
+    text:str, # as `_SIGN` finds it: 'DS al ⊕', '(To Coda)'
+)->str: # '@D.S._al_Coda', '@To_Coda'
+    "A sign in one spelling."
+    text = re.sub('[𝄌⊕]', 'coda', re.sub('[𝄋§]', 'segno', text.lower()))
+    word = re.sub(r'[^a-z]', '', text)
+    goal = '_al_Coda' if 'alcoda' in word else '_al_Fine' if 'alfine' in word else ''
+    if re.match('dc|dacapo', word): return f'@D.C.{goal}'
+    if re.match('ds|dal', word): return f'@D.S.{goal}'
+    return {'t': '@To_Coda', 'c': '@Coda', 's': '@Segno', 'f': '@Fine'}[word[0]]
+
+# %% ../../nbs/12m_charts.ipynb #6a93e288
+def signs_of(
+    parts:list, # (name, bars as `Measure`) of sections
+)->list: # (bars before it, such as 'To Coda'), in order
+    "Where signs stand."
+    out, codas, at = [], [], 0
+    for name, section in parts:
+        if name.lower().startswith('coda'): codas.append((at, 'Coda'))
+        for m in section:
+            signs = [(at, s) for s in m.before] + [(at + 1, s) for s in m.behind]
+            if not m.again: out += [(p, s[1:].replace('_', ' ')) for p, s in signs]
+            at += 1
+    if not out: return out
+    out = sorted({*out, *codas}, key=lambda x: x[0])
+    codas = [x for x in out if x[1] == 'Coda']
+    if len(codas) == 2 and 'To Coda' not in [s for _, s in out]:
+        out[out.index(codas[0])] = codas[0][0], 'To Coda'
+    return out
+
+# %% ../../nbs/12m_charts.ipynb #c9cb4f70
+def play_order(
+    signs:list, # from `signs_of`
+    n:int, # bars
+)->list: # (first bar, bar behind the last, whether repeats are left out)
+    "The stretches of bars that are played, one after another."
+    jumps = [(at, s) for at, s in signs if s[:2] == 'D.']
+    if len(jumps) > 1: raise ValueError(
+        f'{jumps[1][1]}: one jump is followed, not two; name sections, and write form: A B A')
+    end, jump = jumps[0] if jumps else (n, '')
+    def places(sign, a, b): return [p for p, s in signs if s == sign and a <= p <= b]
+    goal = jump and jump[8:] or next((s for _, s in signs if jump and s in ('Fine', 'Coda')), '')
+    start = max(places('Segno', 0, end - 1), default=0)*(jump[:4] == 'D.S.')
+    last = {'Fine': ['Fine'], 'Coda': ['To Coda', 'Coda']}.get(goal, [])
+    need = ['Segno']*(jump[:4] == 'D.S.') + last
+    idle = [s for _, s in signs if s not in (jump, *need)]
+    if idle: raise ValueError(
+        f'{idle[0]}: nothing leads to it; write D.C. or D.S. where the tune goes back')
+    bounds = {'Segno': (0, end - 1), 'Coda': (end, end)}
+    for s in need:
+        where = 'right behind it' if s == 'Coda' else 'before it'
+        if not places(s, *bounds.get(s, (start + 1, end))): raise ValueError(
+            f'{jump}: there is no {s} {where}')
+    if goal == 'Fine' and end < n: raise ValueError(f'{jump}: bars behind it are never played')
+    again = [(start, places(last[0], start + 1, end)[0] if last else end, True)]*bool(jump)
+    return [(0, end, False)] + again + [(end, n, False)]*(end < n)
 
 # %% ../../nbs/12m_charts.ipynb #478d5401
 @dataclass(frozen=True)
@@ -271,6 +358,7 @@ def _words(text): # (number of the line, word or mark); headers as (number, (nam
             yield number, (m[1].lower(), m[2])
             continue
         for written, mark in _SAME: line = re.sub(written, mark, line)
+        line = _SIGN.sub(lambda m: m[0] if m[0][0] == '[' else name_sign(m[0]), line)
         line = re.sub(r'\([^()]*\)', lambda m: m[0].replace(' ', ''), line)
         for word in _MARKS.findall(line):
             if word.strip(): yield number, word
@@ -293,7 +381,9 @@ def _sections(words, beats): # names and bars of the sections, in order
         s.end()
         name = names[-1]
         if s.bars: known.setdefault(name, tuple(s.bars))
-        elif name: s.bars = known[name] if name in known else _empty(name)
+        elif name:
+            s.bars = [Measure(m.chords) for m in known.get(name) or _empty(name)]
+            s.close_bar()
         return name, tuple(s.bars)
     number = 1
     try:
@@ -302,7 +392,8 @@ def _sections(words, beats): # names and bars of the sections, in order
                 yield finish()
                 bar += s.written
                 names.append(word[1:-1].strip())
-                s = SectionReader(beats)
+                s, left = SectionReader(beats), s.words
+                s.words = left                                  # signs before the first section
             elif word in '[:': raise ValueError(f'{word} is no bar line, repeat or ending')
             elif word == '|' == last and not s.words:
                 raise ValueError('an empty bar; write % or N.C.')
@@ -319,6 +410,8 @@ def _empty(name): raise ValueError(f'[{name}] has no bars, and no section before
 # %% ../../nbs/12m_charts.ipynb #0d4da52c
 def _played(parts, form): # sections in the order of the header `form`
     known, names = {}, form.replace(',', ' ').split()
+    if signs := signs_of(parts): raise ValueError(
+        f'form: {signs[0][1]} says an order too; leave out one of the two')
     for name, bars in parts:
         if not name: raise ValueError('form: name the bars before the first section')
         if known.setdefault(name, bars) != bars: raise ValueError(f'form: there are two [{name}]')
@@ -329,6 +422,19 @@ def _played(parts, form): # sections in the order of the header `form`
     for n in known:
         if n not in names: raise ValueError(f'form: does not play [{n}]; add it, or take it away')
     return [(n, known[n]) for n in names]
+
+# %% ../../nbs/12m_charts.ipynb #6ed1a984
+def _unfold(parts): # bars as they are played; (name, first bar) of the sections
+    bars = [m for _, section in parts for m in section]
+    owner = [k for k, (_, section) in enumerate(parts) for _ in section]
+    stretches = play_order(signs_of(parts), len(bars))
+    order = [i for a, b, once in stretches for i in range(a, b) if not (once and bars[i].again)]
+    limited(len(order))
+    pairs = enumerate(zip([len(bars), *order], order))
+    heads = [(owner[i], at) for at, (last, i) in pairs
+             if not at or i <= last or owner[i] != owner[last]]
+    sections = tuple((parts[k][0], at) for k, at in heads if parts[k][0])
+    return tuple(bars[i].chords for i in order), sections
 
 # %% ../../nbs/12m_charts.ipynb #c24d955e
 def _number(text): # beats a minute
@@ -346,15 +452,12 @@ def _chart(text): # a chart from its text
     parts = [(name, section) for name, section in parts if section]
     form = head.pop('form', '')
     if form and parts: parts = _played(parts, form)
-    bars, sections = [], []
-    for name, section in parts:
-        limited(len(bars) + len(section))
-        if name: sections.append((name, len(bars)))
-        bars += section
-    if not bars: raise ValueError('no chords; write bars such as Dm7 G7 | Cmaj7')
+    if not parts: raise ValueError('no chords; write bars such as Dm7 G7 | Cmaj7')
+    limited(sum(len(section) for _, section in parts))
+    bars, sections = _unfold(parts)
     if head.get('key'): read_key(head['key'])
     head['bpm'] = _number(head.get('bpm', ''))
-    return Chart(tuple(bars), time, sections=tuple(sections), **head)
+    return Chart(bars, time, sections=sections, **head)
 
 # %% ../../nbs/12m_charts.ipynb #5835c931
 def read_key(

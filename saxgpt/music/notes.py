@@ -74,13 +74,16 @@ def key_costs(
 # %% ../../nbs/12o_notes.ipynb #8e36d39f
 def doubt_subharmonics(
     cost:np.ndarray, # (T,K) from `key_costs`
-    enough:float=.35, # difference below which a key fits
+    enough:float=.35, # difference below which an octave or a twelfth fits
+    far:float=.6, # the same for 5, 7, 11 and 13 times the pitch
 )->np.ndarray: # (T,K)
-    "Costs with a penalty for keys whose octave or twelfth fits as well."
-    above = np.full_like(cost, 2.)
-    above[:, :-12] = cost[:, 12:]
-    above[:, :-19] = np.minimum(above[:, :-19], cost[:, 19:])
-    return cost + np.maximum(0, enough - above)
+    "Costs with a penalty for keys of which a multiple fits as well."
+    out = cost.copy()
+    for limit, steps in (enough, (12, 19)), (far, (28, 34, 41, 42, 44)):
+        above = np.full_like(cost, 2.)
+        for n in steps: above[:, :-n] = np.minimum(above[:, :-n], cost[:, n:])
+        out += np.maximum(0, limit - above)
+    return out
 
 # %% ../../nbs/12o_notes.ipynb #ebc4b629
 class Evidence(NamedTuple):
