@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'SPELLINGS', 'NO_CHORD', 'MAX_BARS', 'HEADERS', 'MAX_SIZE', 'plain_quality', 'quality_of', 'read_symbol',
-           'nearest_symbol', 'read_bar', 'limited', 'Measure', 'SectionReader', 'read_mark', 'name_sign', 'signs_of',
+           'nearest_symbol', 'read_bar', 'limited', 'SignedBar', 'SectionReader', 'read_mark', 'name_sign', 'signs_of',
            'play_order', 'Chart', 'beats_in', 'read_key', 'read_chart', 'transpose_symbol', 'transpose_chart',
            'beat_times', 'place_chords', 'final_chord']
 
@@ -147,7 +147,7 @@ def limited(
     if n > MAX_BARS: raise ValueError(f'{n} bars with all repeats; a chart has {MAX_BARS} at most')
     return n
 
-class Measure(NamedTuple):
+class SignedBar(NamedTuple):
     "A bar of a section, with the signs at its bar lines, such as '@Segno'."
     chords: tuple       # of (symbol, beats)
     before: tuple = ()  # signs
@@ -167,7 +167,7 @@ class SectionReader:
             a, b, last = at[0], at[-1] + 1, self.bars[-1].chords if self.bars else ()
             self.written += 1
             chords = read_bar(words[a:b], self.beats, last)
-            self.bars.append(Measure(chords, tuple(words[:a]), tuple(words[b:])))
+            self.bars.append(SignedBar(chords, tuple(words[:a]), tuple(words[b:])))
         elif self.bars:
             m = self.bars[-1]
             self.bars[-1] = m._replace(behind=(*m.behind, *words))
@@ -240,7 +240,7 @@ def name_sign(
 
 # %% ../../nbs/12m_charts.ipynb #6a93e288
 def signs_of(
-    parts:list, # (name, bars as `Measure`) of sections
+    parts:list, # (name, bars as `SignedBar`) of sections
 )->list: # (bars before it, such as 'To Coda'), in order
     "Where signs stand."
     out, codas, at = [], [], 0
@@ -382,7 +382,7 @@ def _sections(words, beats): # names and bars of the sections, in order
         name = names[-1]
         if s.bars: known.setdefault(name, tuple(s.bars))
         elif name:
-            s.bars = [Measure(m.chords) for m in known.get(name) or _empty(name)]
+            s.bars = [SignedBar(m.chords) for m in known.get(name) or _empty(name)]
             s.close_bar()
         return name, tuple(s.bars)
     number = 1
