@@ -8,13 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from cuda import fake_cuda
+from forks import warm
 
 root = Path(__file__).parents[1]
 
+# As `python SCRIPT ...`, in a process that has torch imported.
+SCRIPT = 'import os, runpy, sys; del sys.argv[0]; sys.path[0] = os.path.dirname(sys.argv[0]); runpy.run_path(sys.argv[0], run_name="__main__")'
+env = os.environ | dict(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1') | warm('torch._dynamo', 'saxgpt.train', 'saxgpt.generation', family=True)
 
-def run(script, *words):
-    done = subprocess.run([sys.executable, root/'tests/benchmarks'/script, *map(str, words)], capture_output=True, text=True,
-                          env=os.environ | dict(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1'))
+
+def start(script, *words):
+    return subprocess.run([sys.executable, '-c', SCRIPT, *map(str, (root/'tests/benchmarks'/script, *words))], capture_output=True, text=True, env=env)
+
+
+def run(*words):
+    done = start(*words)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -26,8 +34,7 @@ def test_the_checks_for_cuda_hold_on_a_cpu(part, tmp_path):
 
 def test_a_part_that_did_not_end_is_named(tmp_path):
     (tmp_path/'codes.json').write_text('{"failed": "AssertionError: a recorded step plays another solo"}')
-    done = subprocess.run([sys.executable, root/'tests/benchmarks/bench_gpu.py', 'report', '--device', 'cpu', '--out', tmp_path],
-                          capture_output=True, text=True)
+    done = start('bench_gpu.py', 'report', '--device', 'cpu', '--out', tmp_path)
     assert done.returncode == 1 and '| codes | AssertionError: a recorded step plays another solo |' in done.stdout
     assert '| attention | did not end |' in (tmp_path/'gpu.md').read_text()
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from forks import warm
 from saxgpt.config import RunConfig, parse
 from saxgpt.model.decoding import generate_codes
 from saxgpt.pretrained import load_model
@@ -118,6 +119,7 @@ def python(hub, tmp_path_factory):
     env = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
     env |= dict(OMP_NUM_THREADS='1', NO_PROXY='127.0.0.1,localhost', HF_ENDPOINT=hub.url, HF_TOKEN='hf_fake', HF_HOME=str(home),
                 HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1', HF_HUB_DISABLE_PROGRESS_BARS='1')
+    env |= warm('saxgpt.pretrained', 'saxgpt.model.decoding', 'torch._dynamo')        # which read nothing of this
     def python(*args): return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, env=env, timeout=600)
     return python
 
