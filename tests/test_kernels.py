@@ -3,6 +3,8 @@ import os
 import subprocess
 import sys
 
+from forks import warm
+
 code = '''
 import torch
 from saxgpt.config import ModelConfig
@@ -19,7 +21,7 @@ with torch.inference_mode():
 
 
 def play(folder, processes=1):
-    env = {**os.environ, 'NUMBA_CACHE_DIR': str(folder)}
+    env = {**os.environ, **warm('saxgpt.model.transformer', 'saxgpt.model.decoding'), 'NUMBA_CACHE_DIR': str(folder)}       # without numba
     started = [subprocess.Popen([sys.executable, '-c', code], env=env, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(processes)]
     for p in started:
