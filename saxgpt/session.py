@@ -21,7 +21,7 @@ from .backing import make_backing
 from saxgpt.generate import (band_tuning, distance_to_corpus, matching_codec, notice_strange,
     read_backing)
 from .generation import LazyEncoder, solo_sound
-from .model.decoding import play_codes
+from .model.decoding import KERNELS_PAY, cpu_step, play_codes
 from .music.charts import read_chart
 from .music.notation import notes_paths, write_score, written_truth
 from .music.notes import downbeats_of, notes_of, write_midi
@@ -45,13 +45,21 @@ def pcm(
     "Sound as it travels to the page."
     return (np.clip(x[0], -1, 1 - 2**-15)*2**15).round().astype('<i2').tobytes()
 
+@torch.inference_mode()
+def _load_kernels(model): # by a step that nobody hears
+    if model.null.is_cuda: return
+    memory = model.encode(torch.full((1, model.cfg.num_codebooks, 1), model.cfg.padding_idx))
+    cpu_step(model, model.init_cache(memory, KERNELS_PAY))
+
 @lru_cache(1)
 def load_band(
     checkpoint, # folder of a checkpoint, 'bundled', or hf://USER/NAME
 )->tuple: # model, codec, what is known about the model
     "The model and its codec; the last ones stay loaded."
     model, about = load_model(checkpoint, 'cuda' if torch.cuda.is_available() else 'cpu')
-    return model, matching_codec(None, about, checkpoint, model.null.device), about
+    codec = matching_codec(None, about, checkpoint, model.null.device)
+    _load_kernels(model)
+    return model, codec, about
 
 # %% ../nbs/08g_session.ipynb #42d74228
 class KeptCodes(LazyEncoder):
