@@ -262,7 +262,8 @@ class View {
     this.picture.onpointercancel = () => { from = null }
   }
   show(redraw) {
-    const d = this.deck, m = d.model, t = d.take, bars = d.backing ? d.backing.bars : []
+    const d = this.deck, m = d.model, bars = d.backing ? d.backing.bars : []
+    if (redraw) this.draw()                           // sets the scale of what follows
     this.playing.textContent = d.wanted ? 'Pause' : 'Play'
     this.playing.disabled = !d.backing; this.back.disabled = !d.backing; this.ab.disabled = !d.takes.has(d.other)
     for (const k of ['sax', 'backing']) {
@@ -273,7 +274,6 @@ class View {
     this.status.classList.toggle('saxgpt-bad', m.get('bad'))
     const [a, b] = m.get('marked')
     Object.assign(this.marked.style, a ? { display: 'block', left: bars[a - 1] * this.scale + 'px', width: ((bars[b] || d.backing.size / RATE) - bars[a - 1]) * this.scale + 'px' } : { display: 'none' })
-    if (redraw) this.draw()
   }
   follow() {
     const p = this.deck.position, x = p * this.scale
@@ -311,6 +311,9 @@ class View {
       g.globalAlpha = .35; g.fillStyle = ink; g.fillRect(x(b), 14, 1, HIGH); g.globalAlpha = .7
       if (x(b) > free) { g.fillText(i + 1, x(b) + 2, 11); free = x(b) + 22 }
     })
+    g.globalAlpha = .6
+    for (let left = 0; left < this.width; left += wide)   // where the octaves are, again in each width of the page
+      for (let m = Math.ceil(lo / 12) * 12; m <= hi; m += 12) g.fillText('C' + (m / 12 - 1), left + 3, y(m) + 4)
     g.globalAlpha = 1; g.strokeStyle = '#d9541e'; g.lineWidth = 2.5; g.lineJoin = 'round'; g.beginPath()
     for (const l of d.take ? d.take.line : []) {
       let last = NaN

@@ -76,7 +76,8 @@ class Knobs:
     def settings(self)->dict: return {k: getattr(self, k).value for k in KNOBS}
     @property
     def rows(self):
-        return [_row(self.density, self.guidance, self.temperature, self.changes)]
+        pairs = (self.density, self.guidance), (self.temperature, self.changes)
+        return [_row(*pair, kind='saxgpt-knobs') for pair in pairs]
 
 # %% ../nbs/08b_studio.ipynb #1917731f
 class TakeRow:

@@ -289,11 +289,13 @@ def test_stop_ends_the_generation(page):
 
 def test_a_phone(page):
     b = page
+    b.js(f'{DECK}.mark({DECK}.backing.bars[1] + .1, {DECK}.backing.bars[1] + .1)')
     b('Emulation.setDeviceMetricsOverride', width=390, height=844, deviceScaleFactor=2, mobile=True)
     b.until('innerWidth === 390')
     outside = '''[...document.querySelectorAll('.saxgpt-studio button, .saxgpt-studio input, .saxgpt-studio select, .saxgpt-picture')]
         .filter(e => e.offsetWidth > 1 && e.getBoundingClientRect().right > 390).map(e => e.outerHTML.slice(0, 120))'''
     b.until(f'{outside}.length === 0')
+    b.until(f'[...{DECK}.views].every(v => Math.abs(parseFloat(v.marked.style.left) - {DECK}.backing.bars[1]*v.scale) < 1)', 20)   # the mark moves along
     b.click(button('Play'))
     b.until(f'{DECK}.running')
     b.click(button('Pause'))

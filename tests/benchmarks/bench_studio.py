@@ -38,6 +38,14 @@ def mark(b, first, last):
     b.mouse('mouseReleased', x[1] + 12, top + 100)
 
 
+def on_a_phone(b, shot):
+    b('Emulation.setDeviceMetricsOverride', width=390, height=2000, deviceScaleFactor=1, mobile=True)
+    b.until("document.querySelector('.saxgpt-studio').getBoundingClientRect().width < 390")
+    shot()
+    b('Emulation.setDeviceMetricsOverride', width=1200, height=900, deviceScaleFactor=1, mobile=False)
+    b.until("document.querySelector('.saxgpt-studio').getBoundingClientRect().width > 500")
+
+
 def measured(b, pictures):
     times, t0 = dict(cores=os.cpu_count(), load=os.getloadavg()[0]), time.monotonic()
     def shot(name): return pictures and picture(b, pictures/f'studio-{name}.png')
@@ -48,7 +56,7 @@ def measured(b, pictures):
         b.until(f'{DECK}.running && {DECK}.current !== {json.dumps(old)} && {DECK}.ctx.currentTime > {DECK}.origin')
         times[f'{name}: click to sound'] = time.monotonic() - t0
         if name == 'first take':
-            b.until(f'{DECK}.position > 9', 600)
+            b.until(f'{DECK}.position > 9 && {DECK}.running', 600)
             shot('playing')
         b.until(f'{DECK}.take.done', 600)
         times[f'{name}: all {b.js(f"{DECK}.take.have"):.1f} s made'] = time.monotonic() - t0
@@ -57,6 +65,7 @@ def measured(b, pictures):
     b.until(f'!{DECK}.running', 120)
     mark(b, 5, 8)
     shot('takes')
+    if pictures: on_a_phone(b, lambda: shot('phone'))
     mark(b, 5, 12)
     t0 = time.monotonic()
     b.click(button('Redo bars'))
