@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PLAIN', 'QUICK', 'GRID', 'VERSION', 'GROUP', 'Plan', 'make_plan', 'plain', 'ResultCache', 'round_robin',
            'sample_windows', 'TestSet', 'start_of', 'truth_at', 'recording_files', 'recorded', 'predict', 'check_cache',
-           'halved', 'groups', 'player_key', 'Player', 'play', 'quiet', 'SampleScorer', 'mean_ci', 'prediction',
-           'checks', 'sampling_row', 'sampling', 'fit_rows', 'spoilt_rows', 'sounds_of', 'frechet', 'apa_score',
-           'measure_checkpoint', 'window_differences', 'make_judge', 'examples', 'evaluate', 'resumable', 'main']
+           'halved', 'groups', 'player_key', 'Player', 'steering', 'play', 'quiet', 'SampleScorer', 'mean_ci',
+           'prediction', 'checks', 'sampling_row', 'sampling', 'fit_rows', 'spoilt_rows', 'sounds_of', 'frechet',
+           'apa_score', 'measure_checkpoint', 'window_differences', 'make_judge', 'examples', 'evaluate', 'resumable',
+           'main']
 
 # %% ../nbs/09_evaluation.ipynb #2f8ce5cd
 import copy, json, math, time
@@ -42,6 +43,7 @@ from .patterns import delay
 from .evaluation.report import report, summary
 from .sampling import DEFAULT_SAMPLING, Sampler, check_settings, resolve_sampling
 from .pretrained import load_model
+from .takes.changes import ChordSteering, check_weight, hold_to_changes
 from .ops.words import bar, tell
 
 # %% ../nbs/09_evaluation.ipynb #990cf129
@@ -58,6 +60,7 @@ class Plan:
     seed: int = 0                 # of the choice of windows and of the solos
     embedders: tuple = ('codec',) # of `saxgpt.evaluation.fad`
     solo: dict = field(default_factory=lambda: dict(PLAIN)) # how the judged solos are sampled
+    stay: float = None            # how they are held to the chords, see `hold_to_changes`
 
 PLAIN = dict(temperature=1., top_k=250, top_p=0., guidance=1.)
 QUICK = dict(windows=12, samples=6, seconds=10., each=2, checks=2, draws=300, shown=3)
@@ -79,6 +82,7 @@ def make_plan(
     need(0 <= p.seed < 2**31, 'seed', p.seed, 'it must be 0 or more, and below 2**31')
     for e in p.embedders: need(e in EMBEDDERS, 'embedders', e, f'there are {", ".join(EMBEDDERS)}')
     check_settings(**resolve_sampling(p.solo))
+    check_weight(p.stay or 0)
     return p
 
 # %% ../nbs/09_evaluation.ipynb #18d88cda
@@ -331,16 +335,23 @@ class Player(NamedTuple):
         return self.judge.store(stage, [*self.cache_key, length, *more], make)
 
 # %% ../nbs/09_evaluation.ipynb #61503db0
-def play(player:Player, windows:list, settings:dict, progress=lambda x: x)->list:
+def steering(player:Player, settings:dict)->ChordSteering:
+    "What holds the judged solos to the chords of their backings; None: nothing."
+    judge = player.judge
+    return hold_to_changes(judge.codec, None, judge.plan.stay, settings['temperature'])
+
+def play(player:Player, windows:list, settings:dict, progress=lambda x: x, steer=None)->list:
     "A solo for each window, as codes (K,L)."
     out, tests, seed = [], player.judge.tests, player.judge.plan.seed
     more = {} if settings.get('density') is None else dict(codec=player.judge.codec)
+    held = [steer.weight] if steer else []
     for g in progress(groups(windows, lambda i: tests.place(i)[2])):
         def work():
             backing = torch.from_numpy(np.stack([tests.codes(i)[0] for i in g]))
             seeds = [seed*1_000_003 + i for i in g]
-            return generate_codes(player.model, backing, seeds, **settings, **more).cpu()
-        out += [np.array(c) for c in player.kept('solos', g, seed, settings, make=work)]
+            return generate_codes(player.model, backing, seeds, steer=steer, **settings,
+                                  **more).cpu()
+        out += [np.array(c) for c in player.kept('solos', g, seed, settings, *held, make=work)]
     return out
 
 # %% ../nbs/09_evaluation.ipynb #e93e7093
@@ -492,11 +503,13 @@ def sampling(player:Player)->tuple:
     def references(n):
         other = 'other real solos' if rest else "another tune's"
         return [row('real', leads[:n]), row(other, others[:n], kl=bool(rest))]
-    judged, few = play(player, samples, plan.solo, bar), samples[:plan.each]
-    rows = [*references(len(samples)), row('played', judged, plan.solo), *references(len(few))]
-    for s in GRID:
+    steer, few = steering(player, plan.solo), samples[:plan.each]
+    judged = play(player, samples, plan.solo, bar, steer)
+    own = plan.solo | (dict(stay_on_changes=steer.weight) if steer else {})
+    rows = [*references(len(samples)), row('played', judged, own), *references(len(few))]
+    for s in GRID:                                       # the model alone
         s = PLAIN | dict(guidance=plan.solo['guidance']) | s
-        codes = judged[:len(few)] if s == plan.solo else play(player, few, s, bar)
+        codes = judged[:len(few)] if s == own else play(player, few, s, bar)
         rows.append(row('played', codes, s))
     return rows, judged
 
@@ -712,11 +725,12 @@ def main(
     top_k:int=DEFAULT_SAMPLING['top_k'], # codes to choose from
     top_p:float=DEFAULT_SAMPLING['top_p'], # share of the probability to choose from
     guidance:float=None, # weight of the backing
+    stay_on_changes:float=None, # weight of the chords that are heard; 0: the model alone
 ):
     "Say with numbers and sounds how good a checkpoint is: does it predict, sound, fit?"
     solo = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
     plan = make_plan(quick, windows=windows, samples=fad_samples, seconds=seconds, seed=seed,
-                     solo=solo, embedders=tuple(embedders.split(',')) if embedders else None)
+                     solo=solo, stay=stay_on_changes, embedders=tuple(embedders.split(',')) if embedders else None)
     out, cfg = Path(output_dir), load_config(RunConfig, config, overrides or ())
     with resumable(out/'items'):
         results = evaluate(cfg, checkpoint, out, plan, 'cuda' if cuda else 'cpu', against)

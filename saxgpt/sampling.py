@@ -138,7 +138,7 @@ def rest_bias(
     return even + abs(density)*(end - even)
 
 # %% ../nbs/08a_sampling.ipynb #388244a8
-DEFAULT_SAMPLING = dict(temperature=.5, top_k=250, top_p=0., guidance=2., density=0.)
+DEFAULT_SAMPLING = dict(temperature=.7, top_k=250, top_p=0., guidance=2., density=0.)
 DEFAULT_SAMPLING_NO_CFG = DEFAULT_SAMPLING | dict(temperature=.8, guidance=1., density=None)
 
 def resolve_sampling(

@@ -15,7 +15,7 @@ from fastcore.script import Param
 
 from .config import ConfigError, RunConfig, command, device_name, load_config, parse, to_dict
 from .evaluate import Plan, Player, make_judge, make_plan, mean_ci, plain, play, player_key
-from .evaluate import resumable
+from .evaluate import resumable, steering
 from .ops.files import locked, output_path, write_text
 from .pretrained import load_model
 from .ops.words import bar
@@ -63,7 +63,9 @@ def _played(player, grid): # as from `sweep`
         return settings | {m: mean_ci([s[m] for s in scores], groups=recordings)
                            for m in FITS + LIKE}
     rows = [row(dict(name=kind), kind, [None]*n) for kind in ('real', 'shuffled')]
-    rows += [row(dict(name='played', **s), 'model', play(player, judge.samples, s)) for s in grid]
+    for s in grid:
+        codes = play(player, judge.samples, s, steer=steering(player, s))
+        rows.append(row(dict(name='played', **s), 'model', codes))
     seconds = judge.tests.dataset.seq_len/50
     return plain(dict(weights=player.cache_key[0], windows=n, seconds=seconds,
                       seed=judge.plan.seed, rows=rows), finite=True)

@@ -157,7 +157,8 @@ def prediction_section(results:dict)->str:
 def _setting(row): # a row of `sampling` in words
     s = row['settings']
     if not s: return row['name']
-    shown = dict(temperature=True, top_k=s['top_k'], top_p=s['top_p'], guidance=s['guidance'] != 1)
+    shown = dict(temperature=True, top_k=s['top_k'], top_p=s['top_p'], guidance=s['guidance'] != 1,
+                 stay_on_changes='stay_on_changes' in s)
     return ', '.join(f'{k.replace("_", "-")} {s[k]:g}' for k, yes in shown.items() if yes)
 
 def decoding_section(results:dict)->str:

@@ -30,6 +30,7 @@ from ..music.theory import QUALITIES
 from ..ops.files import read_json, read_tensors, write_tensors
 from ..ops.packages import without_warnings
 from ..ops.words import notify
+from ..sampling import DEFAULT_SAMPLING
 
 # %% ../../nbs/08f_changes.ipynb #8f0c0007
 def count_pitches(
@@ -427,9 +428,9 @@ def from_chart(self:Harmony):
 # %% ../../nbs/08f_changes.ipynb #8f0c0027
 def hold_to_changes(
     codec, # that of the model
-    harmony:Harmony, # of the backing
+    harmony:Harmony=None, # of the backing; None: of its codes, as they are heard
     weight:float=None, # see `check_weight`; 0: none; None: `STAY`, if the codec is the bundled one
-    temperature=1., # of the sampler
+    temperature=DEFAULT_SAMPLING['temperature'], # of the sampler
 )->ChordSteering: # for `steer` of `PlaySettings`; None: off
     "What holds a solo to the changes: to known ones, else to those that are heard."
     chosen, weight = weight is not None, STAY if weight is None else weight
@@ -440,7 +441,7 @@ def hold_to_changes(
     except ValueError:                       # other codes for leads, the same for backings
         if chosen: raise
         return None
-    if not (known := harmony.known_chords):
+    if not (known := harmony and harmony.known_chords):
         return ChordSteering(pitches, HeardChords(reader), weight, temperature)
     chords = KnownChords(known, harmony.tuning)
     return ChordSteering(pitches, chords, weight, temperature)

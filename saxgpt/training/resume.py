@@ -289,7 +289,8 @@ def check(self:Resume, folder:Path, about:dict)->bool: # whether an embedding of
     now = to_dict(self.trainer.cfg)
     added = self.check_model(folder, then, now)
     self.check_codec(folder, about)
-    if d := differences(then, now):
+    resumes = (folder/'trainer.json').exists()           # weights alone begin a run of their own
+    if resumes and (d := differences(then, now)):
         notify_once(self.trainer, 'changed since the checkpoint: ' + '; '.join(d))
     return added
 
