@@ -127,7 +127,7 @@ def sample(
     return Sampler(temperature, top_k, top_p, logits.shape[1])(logits, generators)
 
 # %% ../nbs/08a_sampling.ipynb #57daa723
-REST_BIAS = dict(sparse=8., even=2.4, busy=-8.) # logits added to those of rests at density -1, 0 and 1
+REST_BIAS = dict(sparse=8., even=3., busy=-8.) # logits added to those of rests at density -1, 0 and 1
 
 def rest_bias(
     density:float, # from -1, sparse, over 0, as real solos, to 1, busy; None: as learnt
@@ -138,7 +138,7 @@ def rest_bias(
     return even + abs(density)*(end - even)
 
 # %% ../nbs/08a_sampling.ipynb #388244a8
-DEFAULT_SAMPLING = dict(temperature=.7, top_k=250, top_p=0., guidance=2., density=0.)
+DEFAULT_SAMPLING = dict(temperature=.6, top_k=250, top_p=0., guidance=2., density=0.)
 DEFAULT_SAMPLING_NO_CFG = DEFAULT_SAMPLING | dict(temperature=.8, guidance=1., density=None)
 
 def resolve_sampling(

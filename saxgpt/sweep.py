@@ -25,7 +25,7 @@ def _setting(temperature, guidance, top_k=250, top_p=0., density=0.):
     return dict(temperature=temperature, top_k=top_k, top_p=top_p,
                 guidance=guidance, density=density)
 
-GRID = [_setting(t, g) for t, g in product((.3, .5, .7, 1.), (1.5, 2., 3.))]
+GRID = [_setting(t, g) for t, g in product((.3, .5, .6, .7, 1.), (1.5, 2., 3.))]
 GRID += [_setting(t, 1., density=None) for t in (.8, 1.)]
 GRID += [_setting(.5, 2., 50, 0.), _setting(.5, 2., 0, .9)]
 
