@@ -139,17 +139,20 @@ def peak_phases(
 def griffin_lim(
     y:torch.Tensor, # (F,2T) amplitudes as from `magnitudes`
     window:torch.Tensor, # (n_fft,)
-    steps:int=32, # rounds
+    steps:int=20, # rounds
     phases:torch.Tensor=None, # (F,2T+2) to start from; those of the peaks when absent
-    momentum:float=.99, # how far to overshoot
+    momentum:float=.9, reach:float=1.3, # how far to overshoot
 )->torch.Tensor: # (T*640,)
     "Sound with these spectra: deterministic, no seed."
     y = torch.cat([y[:, :1], y, y[:, -1:]], 1)*(window.sum()/2)     # one spectrum more on each side
     size, length = len(window), (y.shape[1] - 1)*HALF
-    args, last = dict(n_fft=size, hop_length=HALF, window=window), 0.
-    z = torch.polar(y, peak_phases(y) if phases is None else phases)
-    for _ in range(steps):
+    args = dict(n_fft=size, hop_length=HALF, window=window)
+    phases = peak_phases(y) if phases is None else phases
+    y, phases = y.T.contiguous().T, phases.T.contiguous().T         # in the order of `stft`
+    z = torch.polar(y, phases)
+    for i in range(steps):
         found = torch.stft(torch.istft(z, length=length, **args), pad_mode='constant', return_complex=True, **args)
-        ahead = found + momentum*(found - last)
-        z, last = y*ahead/(ahead.abs() + 1e-8), found
+        if i: found = ahead.lerp(found, reach)
+        ahead, last = found.lerp(last, -momentum) if i else found, found
+        z = y*ahead.sgn()
     return torch.istft(z, length=length, **args)[HALF//2:-(HALF//2)]
