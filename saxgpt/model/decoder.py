@@ -6,7 +6,6 @@
 __all__ = ['DecoderLayer', 'DecoderCache', 'Decoder']
 
 # %% ../../nbs/06d_decoder.ipynb #cc2e41ab
-import torch
 from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import nn, Tensor
@@ -74,14 +73,6 @@ class Decoder(Stack):
         "Keys and values (B, H, S', D/H) of the memory for one layer."
         return tuple(t.to(self.dtype) for t in layer.cross_attn.project(memory))
 
-# %% ../../nbs/06d_decoder.ipynb #08534b32
-@patch
-def kept(self:Decoder, layer, memory):
-    "Keys and values of the memory in the layout that is fastest to read step by step."
-    k, v = self.project(layer, memory)
-    if v.is_cuda or v.dtype != torch.float32: return k.contiguous(), v.contiguous()
-    return k.contiguous(), v.transpose(2, 3).contiguous().transpose(2, 3)
-
 # %% ../../nbs/06d_decoder.ipynb #a0abe331
 @patch
 def init_cache(self:Decoder,
@@ -93,7 +84,7 @@ def init_cache(self:Decoder,
     (B, _, D), H = memory.shape, self.layers[0].self_attn.nhead
     dtype = self.dtype if memory.is_cuda else memory.dtype
     self_kv = [KVCache(B, H, steps, D//H, memory.device, dtype) for _ in self.layers]
-    cross_kv = [self.kept(l, memory) for l in self.layers]
+    cross_kv = [tuple(t.contiguous() for t in self.project(l, memory)) for l in self.layers]
     return DecoderCache(self_kv, cross_kv, None if mask is None else mask[:, None, None])
 
 # %% ../../nbs/06d_decoder.ipynb #a0662af4

@@ -96,7 +96,7 @@ def exp_sum(
 def attend(
     q, # query (Dh,), divided by sqrt(Dh)
     k, # keys (S, Dh), of which the first n count
-    v, # values (Dh, S)
+    v, # values (S, Dh)
     a, # memory for n numbers
     bits, # memory for n integers
     y, # the result (Dh,)
@@ -108,10 +108,15 @@ def attend(
         for d in range(Dh): fit += q[d]*k[s, d]
         a[s] = fit
     total = exp_sum(a, bits)
-    for d in range(Dh):
-        mean = np.float32(0)
-        for s in range(n): mean += v[d, s]*a[s]
-        y[d] = mean/total
+    y[:] = np.float32(0)
+    for s in range(0, n - 7, 8):
+        w, x = a[s:s + 8], v[s:s + 8]
+        for d in range(Dh):
+            y[d] += (w[0]*x[0, d] + w[1]*x[1, d] + w[2]*x[2, d] + w[3]*x[3, d]
+                     + w[4]*x[4, d] + w[5]*x[5, d] + w[6]*x[6, d] + w[7]*x[7, d])
+    for s in range(n//8*8, n):
+        for d in range(Dh): y[d] += a[s]*v[s, d]
+    for d in range(Dh): y[d] /= total
 
 @kernel
 def rotate(
@@ -128,7 +133,7 @@ def rotate(
 def attend_rows(
     z, # (R, 1, H, Dh): queries; (R, 3, H, Dh): queries, new keys and values
     k, # keys (R or 1, H, S, Dh)
-    v, # values (R or 1, H, Dh, S)
+    v, # values (R or 1, H, S, Dh)
     table, # of rotary positions (S, Dh/2, 2), or (S, 0, 2)
     place, # the step (1,)
     y, # the result (R, H, Dh)
@@ -144,7 +149,7 @@ def attend_rows(
             if own:
                 rotate(z[r, 1, h], table[s])
                 for d in range(len(q)):
-                    k[b, h, s, d], v[b, h, d, s] = z[r, 1, h, d], z[r, 2, h, d]
+                    k[b, h, s, d], v[b, h, s, d] = z[r, 1, h, d], z[r, 2, h, d]
             for d in range(len(q)): q[d] /= np.sqrt(np.float32(len(q)))
             attend(q, k[b, h], v[b, h], a, bits, y[r, h])
 
@@ -214,8 +219,8 @@ def layer_calls(self:KernelStep, layer, kv, cross, a, rows): # lists (function, 
     def residual(norm, *calls):
         norm = layer_norm, x, numbers(norm.weight), self.eps, src
         return [norm, *calls] if pre else [*calls, norm]
-    mine = [numbers(t[a:a + B]) for t in (kv.k, kv.v.transpose(2, 3))]
-    k, v = (numbers(t[:1] if self.shared else t[a:a + n]) for t in (cross[0], cross[1].transpose(2, 3)))
+    mine = [numbers(t[a:a + B]) for t in (kv.k, kv.v)]
+    k, v = (numbers(t[:1] if self.shared else t[a:a + n]) for t in cross)
     same = numbers(to.out(cross[1][-1, :, 0].reshape(D)))            # where the memory is `null`
     return [*residual(layer.norm1, (matvec, by_rows(own.qkv), src, z, False),
                 (attend_rows, heads(z, 3), *mine, *at, heads(m)),
