@@ -8,14 +8,16 @@ __all__ = ['BACKING_LUFS', 'retune', 'Samples', 'encode_audio', 'LazyEncoder', '
 
 # %% ../nbs/08_generation.ipynb #5b085861
 import math
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, repeat
+from queue import SimpleQueue
 
 import numpy as np, torch
 from torch import Tensor
 
 from .audio import Sound, TempAudio, in_blocks, normalize_loudness, resampled
 from .codecs.base import CodecError
-from .model.decoding import play_codes
+from .model.decoding import one_thread, play_codes
 from .model.transformer import SaxGPT
 
 # %% ../nbs/08_generation.ipynb #a40b0012
@@ -78,7 +80,7 @@ class LazyEncoder:
 def decode_stream(
     codec, # The one the model was trained with
     blocks, # Iterable of codes (n, K, f)
-    piece:int=3000, # Frames decoded at a time
+    piece:int=500, # Frames decoded at a time
     around:int=25, # Frames to either side that are decoded with them
     fade:int=4, # Frames over which one piece gives way to the next
 ): # yields sound (n, N), 32 kHz
@@ -141,14 +143,19 @@ def generate(
     **settings, # temperature, top_k, top_p, guidance, density, overlap of `play_codes`
 ) -> TempAudio: # Solos (n, N); shorter if interrupted
     "Solos over a backing, sound to sound."
-    blocks, done, known = [], 0, dict(tuning=tuning, folder=folder)
-    try:
-        for b in solo_codes(model, codec, x, seeds, prompt, encode_audio, known, **settings):
-            blocks.append(b)
-            done += b.shape[2]
-            if progress: progress(done)
-    except KeyboardInterrupt:
-        if not blocks: raise
-    solos = TempAudio(folder)
-    for y in solo_sound(codec, blocks, x.shape[1], tuning): solos.add(y)
+    blocks, done, known, solos = SimpleQueue(), 0, dict(tuning=tuning, folder=folder), TempAudio(folder)
+    def make_sound():
+        with one_thread():
+            for y in solo_sound(codec, iter(blocks.get, None), x.shape[1], tuning): solos.add(y)
+    with ThreadPoolExecutor(1) as pool:
+        sound = pool.submit(make_sound)
+        try:
+            for b in solo_codes(model, codec, x, seeds, prompt, encode_audio, known, **settings):
+                blocks.put(b)
+                done += b.shape[2]
+                if progress: progress(done)
+        except KeyboardInterrupt:
+            if not done: raise
+        finally: blocks.put(None)
+        sound.result()
     return solos

@@ -253,6 +253,15 @@ def play_calls(calls):
 TRIALS = 5 # steps with each number of threads
 
 @patch
+def embed(self:KernelStep, codes, s:int): # (B, K)
+    "Set `x` to what `SaxGPT.prefill` embeds."
+    e, places, c = self.model.embed, self.model.positions, self.cache.aligned_condition
+    rows = numbers(e.table.weight)[codes + numbers(e.offsets)[:, 0]]      # (B, K, D)
+    np.multiply(rows.sum(1), np.float32(e.scale), out=self.x)
+    if places: self.x += numbers(places.table[s])
+    if c is not None: self.x += numbers(c[:, s])
+
+@patch
 def __call__(self:KernelStep,
     codes:Tensor, # (B, K)
     s:int, # their step
@@ -260,8 +269,8 @@ def __call__(self:KernelStep,
     "One step of generation."
     if not 0 <= s < self.S:
         raise ValueError(f'the cache has room for {self.S} steps and was asked for step {s}')
-    x, c = self.model.embed_steps(codes[..., None], s)[:, 0], self.cache.aligned_condition
-    self.x[:], self.place[0] = numbers(x if c is None else x + c[:, s]), s
+    self.embed(numbers(codes), s)
+    self.place[0] = s
     n, start = self.threads or min(self.times, key=lambda n: len(self.times[n])), time.perf_counter()
     others = [self.pool.submit(play_calls, part) for part in self.ways[n][1:]]
     play_calls(self.ways[n][0])
