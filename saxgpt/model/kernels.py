@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAST', 'KERNELS', 'EXP2', 'TRIALS', 'kernel', 'forget_code', 'matvec', 'layer_norm', 'exp_sum', 'attend', 'rotate',
-           'attend_rows', 'KernelStep', 'numbers', 'by_rows', 'cores', 'split_rows', 'play_calls']
+           'attend_rows', 'embed', 'KernelStep', 'numbers', 'by_rows', 'cores', 'split_rows', 'play_calls']
 
 # %% ../../nbs/06f_kernels.ipynb #5cffc790
 import math, os, statistics, time
@@ -153,6 +153,27 @@ def attend_rows(
             for d in range(len(q)): q[d] /= np.sqrt(np.float32(len(q)))
             attend(q, k[b, h], v[b, h], a, bits, y[r, h])
 
+# %% ../../nbs/06f_kernels.ipynb #3c1d0e02
+@kernel
+def embed(
+    table, # vectors of all codes, codebook after codebook (K*V, D)
+    scale, # of their sum
+    places, # of positions (S, D), or (0, 0)
+    more, # what is added to each row and step (B, S, D), or (0, 0, 0)
+    codes, # (B, K)
+    s, # their step
+    x, # the result (B, D)
+):
+    "Embedded codes of one step."
+    (B, K), V = codes.shape, len(table)//codes.shape[1]
+    for r in range(B):
+        for d in range(x.shape[1]):
+            total = np.float32(0)
+            for k in range(K): total += table[k*V + codes[r, k], d]
+            x[r, d] = total*scale
+            if len(places): x[r, d] += places[s, d]
+            if len(more): x[r, d] += more[r, s, d]
+
 # %% ../../nbs/06f_kernels.ipynb #61c7fa35
 class KernelStep:
     "A decoding step: codes (B, K) and their place in, logits (B, K, 2048) out."
@@ -171,6 +192,7 @@ class KernelStep:
         self.table = numbers(rope.table) if rope else np.zeros((self.S, 0, 2), np.float32)
         self.S = min(self.S, len(self.table))            # nothing checks where loops read
         self.x, self.y = (np.zeros((B, n), np.float32) for n in model.heads.proj.weight.shape[::-1])
+        self.embedding = self.embedding_of(model, cache)
         ways = [1] + [2**i for i in range(1, 9) if 2**i <= min(B, threads or cores())]
         self.ways = {n: [self.part(a, b) for a, b in split_rows(B, n)] for n in ways}
         self.pool = ThreadPoolExecutor(max(ways)) if len(ways) > 1 else None
@@ -181,6 +203,12 @@ class KernelStep:
             forget_code()
             self(*trial)
         self.threads = max(ways) if threads or not self.pool else None
+
+    def embedding_of(self, model, cache): # what `embed` takes first
+        e, p, c = model.embed, model.positions, cache.aligned_condition
+        places = numbers(p.table) if p else np.zeros((0, 0), np.float32)
+        more = np.zeros((0, 0, 0), np.float32) if c is None else numbers(c)
+        return numbers(e.table.weight), np.float32(e.scale), places, more
 
 # %% ../../nbs/06f_kernels.ipynb #ec0661d6
 def numbers(t):
@@ -253,15 +281,6 @@ def play_calls(calls):
 TRIALS = 5 # steps with each number of threads
 
 @patch
-def embed(self:KernelStep, codes, s:int): # (B, K)
-    "Set `x` to what `SaxGPT.prefill` embeds."
-    e, places, c = self.model.embed, self.model.positions, self.cache.aligned_condition
-    rows = numbers(e.table.weight)[codes + numbers(e.offsets)[:, 0]]      # (B, K, D)
-    np.multiply(rows.sum(1), np.float32(e.scale), out=self.x)
-    if places: self.x += numbers(places.table[s])
-    if c is not None: self.x += numbers(c[:, s])
-
-@patch
 def __call__(self:KernelStep,
     codes:Tensor, # (B, K)
     s:int, # their step
@@ -269,7 +288,7 @@ def __call__(self:KernelStep,
     "One step of generation."
     if not 0 <= s < self.S:
         raise ValueError(f'the cache has room for {self.S} steps and was asked for step {s}')
-    self.embed(numbers(codes), s)
+    embed(*self.embedding, np.ascontiguousarray(numbers(codes)), s, self.x)
     self.place[0] = s
     n, start = self.threads or min(self.times, key=lambda n: len(self.times[n])), time.perf_counter()
     others = [self.pool.submit(play_calls, part) for part in self.ways[n][1:]]
