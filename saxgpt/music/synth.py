@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg.blas import saxpy
-from scipy.signal import lfilter
 
 from ..audio import SAMPLE_RATE
 from saxgpt.music.soundfont import (ATTENUATION, COARSE, CUTOFF, END, ENV_CUTOFF, ENV_PITCH, FINE,
@@ -148,6 +147,7 @@ def filter_low(
 )->np.ndarray: # float32 (C,n)
     "Filter a sound."
     if np.min(cutoff) >= _OPEN and not resonance: return x
+    from scipy.signal import lfilter              # takes half a second to import
     if not np.ndim(cutoff): return lfilter(*_biquad(max(cutoff, 1500), resonance), x).astype('f4')
     steps = np.rint(np.clip(cutoff, 1500, 13500)/100).astype(int)
     edges = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
