@@ -176,7 +176,7 @@ def check_compiler()->str:
     import subprocess, sysconfig
     name = os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++')
     if not shutil.which(name): raise Absent(
-        f'no {name}; optional, --compile needs it: apt install g++, or name another one in CXX')
+        f'no {name}; optional, training.compile needs it: apt install g++, or name another one in CXX')
     program = '#include <Python.h>\n#include <cmath>\n'
     args = [name, '-x', 'c++', '-fsyntax-only', f'-I{sysconfig.get_path("include")}', '-']
     r = subprocess.run(args, input=program, capture_output=True, text=True, timeout=30)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PIECES', 'FAR', 'STRANGE_GUIDANCE', 'IN_TUNE', 'SHOWN', 'distance_to_corpus', 'notice_strange', 'unless_in_tune',
            'band_tuning', 'out_paths', 'read_sound', 'read_backing', 'steps_bar', 'write_sound', 'write_plot',
-           'write_solos', 'FileOptions', 'check_request', 'Inputs', 'read_inputs', 'matching_codec', 'resolve_settings',
-           'place_outputs', 'play_inputs', 'generate_file', 'print_summary', 'parse_numbers', 'main']
+           'write_solos', 'FileOptions', 'without_effect', 'check_request', 'Inputs', 'read_inputs', 'matching_codec',
+           'resolve_settings', 'place_outputs', 'play_inputs', 'generate_file', 'print_summary', 'parse_numbers',
+           'main']
 
 # %% ../nbs/08c_generate_command.ipynb #716e7470
 import math, os, shlex, sys, time
@@ -27,7 +28,7 @@ from .config import command, demo_backing
 from .ops.files import output_path, printable, save_picture
 from .generation import LazyEncoder, generate
 from .metrics import code_counts, total_variation
-from .model.decoding import quantize_decoder
+from .model.decoding import half_precision
 from .music.notation import notes_paths, write_notes
 from .music.charts import read_chart
 from .music.plots import plot_solo
@@ -241,12 +242,18 @@ class FileOptions:
     tuning:float = None # of the band, cents above 440 Hz; None: as `band_tuning` finds
     score:bool = False # write a score too
     instrument:str = 'concert' # that it is for, see `notes_paths`
-    light:bool = False # with the lighter copy of the model
-    compiled:bool = False # with a compiled step, on a CPU
+    light:bool = False # in half precision, on a GPU
+    compiled:bool = False # without effect, since playing is fast by default
     progress:bool = True # show a bar
     keep:int = None # write only so many of the solos, those that fit best; None: all
     report:object = None # called with a table of all solos where the best are kept
     again:list = None # gets bars that could be played again, see `suggest_bars`
+
+def without_effect(o:FileOptions, model)->list: # lines about options that older versions needed
+    "What was asked for and changes nothing."
+    said = ['compile: no longer needed, steps are compiled by default']*o.compiled
+    on_cpu = o.light and not model.null.is_cuda
+    return said + ['light: for GPUs only; on a CPU nothing is faster than the default']*on_cpu
 
 def check_request(out, mix, plot, seed:int, n:int, settings:dict)->tuple:
     "Paths, `FileOptions` and settings of the sampler, or `ValueError`."
@@ -366,7 +373,8 @@ def generate_file(
     paths, o, settings = check_request(out, mix, plot, seed, n, settings)
     chart = read_chart(o.chart) if o.chart else None
     model, about = load_model(checkpoint, 'cuda' if torch.cuda.is_available() else 'cpu')
-    if o.light: model = quantize_decoder(model)
+    if o.light: model = half_precision(model)
+    for line in without_effect(o, model): notify(line)
     codec = matching_codec(o.codec, about, checkpoint, model.null.device)
     i = read_inputs(backing, out, o, chart, codec)
     files = i.path, i.path.with_name('truth.json'), o.prompt, o.take, checkpoint, o.codec, o.chart
@@ -374,7 +382,7 @@ def generate_file(
     settings = resolve_settings(settings, model, about, codec, i)
     steer = hold_to_changes(codec, i.harmony, o.stay_on_changes, settings['temperature'])
     seeds = [seed + k for k in range(n)]
-    solos = play_inputs(i, model, codec, seeds, o.progress, compiled=o.compiled, steer=steer,
+    solos = play_inputs(i, model, codec, seeds, o.progress, steer=steer,
                         **settings)
     seeds = seeds[:len(solos)]   # fewer, where redoing was interrupted
     if o.keep:
@@ -457,8 +465,8 @@ def main(
     tuning:float=None, # of the band, cents above A = 440 Hz; estimated when absent
     score:bool=False, # write a score too, as MusicXML
     instrument:str='concert', # that the notes are for: concert, soprano, alto, tenor, baritone
-    light:bool=False, # less memory, less exact: 8-bit weights on a CPU, half precision on a GPU
-    compile:bool=False, # steps by torch.compile, seldom faster on a CPU; needs a C++ compiler
+    light:bool=False, # half precision on a GPU: less memory, less exact
+    compile:bool=False, # without effect, since steps are compiled by default
     codec:str=None, # name or folder of the codec; the one that the checkpoint names when absent
 ):
     "Play a saxophone solo over a backing track."

@@ -99,7 +99,6 @@ class MultiHeadAttention(nn.Module):
         if d_model % nhead:
             raise ValueError(f'd_model {d_model} must be a multiple of nhead {nhead}')
         self.d_model, self.nhead, self.dropout, self.rope = d_model, nhead, dropout, rope
-        self.q_proj_int8 = None                      # a quantized query projection, see 06e
         self.qkv = nn.Linear(d_model, 3*d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
@@ -111,7 +110,6 @@ class MultiHeadAttention(nn.Module):
 @patch
 def query(self:MultiHeadAttention, x):
     "Queries (B, S, D) of `x`, for cross-attention."
-    if self.q_proj_int8: return self.q_proj_int8(x)
     return F.linear(x, self.qkv.weight[:self.d_model])
 
 @patch

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KERNELS_PAY', 'LOOK', 'PATIENCE', 'AGAIN', 'RISE', 'FORCE', 'one_thread', 'single_thread_if_small', 'Step',
-           'GraphStep', 'CompiledStep', 'pack_decoder_weights', 'cpu_step', 'Int8Linear', 'quantize_decoder', 'windows',
-           'SilenceControl', 'Window', 'PlaySettings', 'play_codes', 'generate_codes']
+           'GraphStep', 'pack_decoder_weights', 'cpu_step', 'half_precision', 'windows', 'SilenceControl', 'Window',
+           'PlaySettings', 'play_codes', 'generate_codes']
 
 # %% ../../nbs/06e_decoding.ipynb #3d295922
 import copy, torch
@@ -64,21 +64,6 @@ class GraphStep(Step):
         self.graph.replay()
         return self.logits
 
-# %% ../../nbs/06e_decoding.ipynb #1763f209
-class CompiledStep(Step):
-    "The same, compiled for a processor."
-    def __init__(self, model, cache, B=1):
-        super().__init__(model, cache)
-        self.place = torch.zeros(1, dtype=torch.long)
-        def step(codes, place): return model.decode_step(codes, place, cache)
-        self.work = torch.compile(step, dynamic=False, options=dict(freezing=True))
-
-    def __call__(self, codes, s):
-        from torch._inductor.exc import InductorError, InvalidCxxCompiler
-        try: return self.work(codes.clone(), self.place.fill_(s))
-        except (InvalidCxxCompiler, InductorError): raise ValueError(
-            'compile: needs a C++ compiler, such as g++; install one, or leave it out') from None
-
 # %% ../../nbs/06e_decoding.ipynb #3578264c
 def pack_decoder_weights(
     model:SaxGPT, # its decoder's matrices are moved
@@ -104,50 +89,21 @@ def cpu_step(
 ) -> Step: # or a `KernelStep`
     "The fastest exact step of a processor."
     steps, exact = cache.self_kv[0].k.shape[2], model.decoder.dtype == torch.float32
-    plain = exact and isinstance(model.heads.proj, nn.Linear) and cache.mask is None
-    if plain and model.null.device.type == 'cpu' and steps >= KERNELS_PAY:
+    if exact and cache.mask is None and model.null.device.type == 'cpu' and steps >= KERNELS_PAY:
         try:
             from saxgpt.model.kernels import KernelStep
             return KernelStep(model, cache, **rows)
         except Exception as e: _notify_slow(str(e).partition('\n')[0] or type(e).__name__)
     return Step(pack_decoder_weights(model), cache)
 
-# %% ../../nbs/06e_decoding.ipynb #067e5001
-class Int8Linear(nn.Module):
-    "A matrix of 8-bit integers with a scale for each row."
-    def __init__(self,
-        weight:Tensor, # (out, in)
-    ):
-        super().__init__()
-        weight = weight.detach().float()
-        self.pad = -weight.shape[1] % 16         # torch reads 16 numbers at a time, unchecked
-        scale = weight.abs().amax(1).clamp(min=1e-8)/127
-        rows = nn.functional.pad((weight/scale[:, None]).round(), (0, self.pad))
-        self.register_buffer('weight', rows.to(torch.int8).contiguous())
-        self.register_buffer('scale', scale.bfloat16())
-
-    def forward(self, x): # (..., in) bfloat16
-        y = nn.functional.pad(x, (0, self.pad)) if self.pad else x
-        y = torch._weight_int8pack_mm(y.reshape(-1, y.shape[-1]), self.weight, self.scale)
-        return y.view(*x.shape[:-1], -1)
-
 # %% ../../nbs/06e_decoding.ipynb #77d678a3
-def quantize_decoder(
+def half_precision(
     model:SaxGPT, # in eval mode; stays as it is
 ) -> SaxGPT: # for playing only
-    "A copy that reads less in each step: 8-bit weights on a CPU, half precision on a GPU."
-    new, D = copy.deepcopy(model), model.cfg.d_model
-    if model.null.is_cuda:
-        return new.to(torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
-    for layer in new.decoder.layers:
-        own, cross, ff = layer.self_attn, layer.cross_attn, layer.ff
-        cross.q_proj_int8 = Int8Linear(cross.qkv.weight[:D])   # keys and values: made once, in full
-        for part, names in ((own, ('qkv', 'out')), (cross, ('out',)), (ff, ('up', 'down'))):
-            for n in names: setattr(part, n, Int8Linear(getattr(part, n).weight))
-        for n in (layer.norm1, layer.norm2, layer.norm3): n.bfloat16()
-    new.decoder.norm.bfloat16()
-    new.heads.proj = Int8Linear(new.heads.proj.weight)
-    return new
+    "A copy that reads half as much in each step; on a CPU the model itself."
+    if not model.null.is_cuda: return model
+    half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return copy.deepcopy(model).to(half)
 
 # %% ../../nbs/06e_decoding.ipynb #fd53fd5a
 def windows(
@@ -212,7 +168,6 @@ class Window:
         sampler, # logits (n, K, 2048) to codes (n, K)
         guidance:float=1., # weight of the backing
         last=None, # the window before, of the same length, whose cache is used again
-        compiled:bool=False, # compile the step, on a CPU
         **control, # of `watch`: control, start, steer
     ):
         self.sampler, self.guidance, self.backing = sampler, guidance, backing
@@ -221,7 +176,7 @@ class Window:
         self.fill_grid(model, lead)
         memory = self.encode(model)
         if last: model.reset_cache(memory, last.step.cache)
-        self.step = last.step if last else self.new_step(model, memory, compiled)
+        self.step = last.step if last else self.new_step(model, memory)
         self.first = model.prefill(self.both(self.tokens[:, :, :P + 1]), self.step.cache)
 
     def both(self, codes): return codes if self.guidance == 1 else torch.cat([codes, codes])
@@ -267,11 +222,10 @@ def encode(self:Window, model:SaxGPT):
     return memory if self.guidance == 1 else model.cfg_batch(memory)
 
 @patch
-def new_step(self:Window, model:SaxGPT, memory, compiled:bool)->Step:
+def new_step(self:Window, model:SaxGPT, memory)->Step:
     "The fastest step of the device, with a new cache."
     n, cache = len(self.tokens), model.init_cache(memory, self.tokens.shape[2])
     if model.null.is_cuda: return GraphStep(model, cache, len(memory.x))
-    if compiled: return CompiledStep(model, cache)
     return cpu_step(model, cache, free=len(memory.x) - n, shared=len(self.backing) == 1)
 
 # %% ../../nbs/06e_decoding.ipynb #9f52081a
@@ -314,7 +268,6 @@ class PlaySettings:
     guidance:float = 1. # weight of the backing; 1: as learnt
     overlap:int = 500 # frames that the windows of a long tune share
     block:int = 50 # frames that come at a time
-    compiled:bool = False # compile the step, on a CPU
     codec:object = None # of the codes: silence is noticed, and ended; None: it is not
     density:float = None # how much is played, see `rest_bias`, with `codec`; None: rests as is
     steer:object = None # first codebook: logits (n, 2048), frame, codes before (n,) to logits;
@@ -342,7 +295,7 @@ def _play_windows(model:SaxGPT, backing, lead:Tensor, draw, p:PlaySettings):
         known = lead[..., max(0, lead.shape[2] - (done - start)):]
         with single_thread_if_small(model):
             window = Window(model, backing[..., start:stop].to(dev), known, draw, p.guidance,
-                            window, p.compiled, control=control, start=start,
+                            window, control=control, start=start,
                             steer=p.steer)
         while done < stop:
             to = min(stop, done + p.block)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAST', 'KERNELS', 'EXP2', 'TRIALS', 'kernel', 'forget_code', 'matvec', 'layer_norm', 'exp_sum', 'attend', 'rotate',
-           'attend_rows', 'embed', 'KernelStep', 'numbers', 'by_rows', 'cores', 'split_rows', 'play_calls']
+           'attend_rows', 'embed_step', 'KernelStep', 'numbers', 'by_rows', 'cores', 'split_rows', 'play_calls']
 
 # %% ../../nbs/06f_kernels.ipynb #5cffc790
 import math, os, statistics, time
@@ -155,7 +155,7 @@ def attend_rows(
 
 # %% ../../nbs/06f_kernels.ipynb #3c1d0e02
 @kernel
-def embed(
+def embed_step(
     table, # vectors of all codes, codebook after codebook (K*V, D)
     scale, # of their sum
     places, # of positions (S, D), or (0, 0)
@@ -288,7 +288,7 @@ def __call__(self:KernelStep,
     "One step of generation."
     if not 0 <= s < self.S:
         raise ValueError(f'the cache has room for {self.S} steps and was asked for step {s}')
-    embed(*self.embedding, np.ascontiguousarray(numbers(codes)), s, self.x)
+    embed_step(*self.embedding, np.ascontiguousarray(numbers(codes)), s, self.x)
     self.place[0] = s
     n, start = self.threads or min(self.times, key=lambda n: len(self.times[n])), time.perf_counter()
     others = [self.pool.submit(play_calls, part) for part in self.ways[n][1:]]

@@ -32,7 +32,7 @@ import torch  # noqa: E402  the number of threads comes first
 from torch import nn  # noqa: E402
 
 from saxgpt.config import ModelConfig, RunConfig, load_config  # noqa: E402
-from saxgpt.model.decoding import CompiledStep, GraphStep, Step, Window, pack_decoder_weights, quantize_decoder, single_thread_if_small  # noqa: E402
+from saxgpt.model.decoding import GraphStep, Step, Window, half_precision, pack_decoder_weights, single_thread_if_small  # noqa: E402
 from saxgpt.model.transformer import SaxGPT, next_step_loss  # noqa: E402
 from saxgpt.sampling import DEFAULT_SAMPLING, Sampler  # noqa: E402
 
@@ -132,18 +132,17 @@ def bandwidth():
 def playing(out, keep):
     copy = bandwidth()
     print(f'\nplaying: steps a second (context {AT} of {FRAMES} frames; copy bandwidth {copy/1e9:.0f} GB/s)')
-    mine = ['command', 'ours', 'light', *([] if gpu or args.no_compile else ['compiled', 'light compiled'])]
+    mine = ['command', 'ours', *['light']*gpu]
     names = [*mine, 'no cache', 'transformers', *(['tr. compiled'] if gpu and not args.no_compile else []), 'floor']
     print(f'{"size":8}{"solos":>6}' + ''.join(f'{n:>15}' for n in names) + f'   over transformers: {", ".join(mine)}')
     for size in args.sizes:
         model = model_of(size)
         for B in args.batches:
-            rows, light = 2*B, quantize_decoder(model)
-            (ours, read), (less, _), (bare, n) = stepper(model, rows), stepper(light, rows), uncached(model, rows)
-            runs = dict(command=commanded(model, B), ours=ours, light=less, transformers=musicgen(model.cfg, rows))
+            rows = 2*B
+            (ours, read), (bare, n) = stepper(model, rows), uncached(model, rows)
+            runs = dict(command=commanded(model, B), ours=ours, transformers=musicgen(model.cfg, rows))
+            if gpu: runs['light'] = stepper(half_precision(model), rows)[0]
             if gpu and not args.no_compile: runs['tr. compiled'] = musicgen(model.cfg, rows, compiled=True)
-            elif not args.no_compile:
-                runs |= {n: stepper(m, rows, kind=CompiledStep)[0] for n, m in (('compiled', model), ('light compiled', light))}
             per = {k: args.steps/t for k, t in medians(runs).items()} | {'no cache': n/medians({'': bare}, 3)[''], 'floor': copy/read}
             print(f'{size:8}{B:6}' + ''.join(f'{per[n]:15.0f}' for n in names)
                   + '   ' + ' '.join(f'{per[n]/per["transformers"]:.2f}x' for n in mine), flush=True)

@@ -108,7 +108,7 @@ def codes():
     found = dict(cpu_error=relative_error(b, a), flips=float(flips))
 
     def play(kind):
-        new = lambda self, model, memory, compiled: kind(model, model.init_cache(memory, self.tokens.shape[2]), len(memory.x))
+        new = lambda self, model, memory: kind(model, model.init_cache(memory, self.tokens.shape[2]), len(memory.x))
         with mock.patch.object(decoding.Window, 'new_step', new):
             return decoding.generate_codes(there, backing.to(dev), [3, 4], guidance=2.).cpu()
     eager = play(decoding.Step)
