@@ -15,13 +15,15 @@ import soundfile as sf
 
 from forks import warm
 from saxgpt.audio import load_mono, resample
-from saxgpt.config import demo_backing
+from saxgpt.config import ModelConfig, demo_backing
 from saxgpt.data.dataset import CodesDataset
 from saxgpt.data.download import find_recordings, ingest
 from saxgpt.data.splits import SPLITS, split_of
 from saxgpt.demo import make_corpus
 from saxgpt.generate import read_backing
+from saxgpt.model.transformer import SaxGPT
 from saxgpt.ops.files import read_jsonl, read_tensors
+from saxgpt.pretrained import give_away, load_model
 
 cold = dict(os.environ, OMP_NUM_THREADS='1')            # each command at least once
 env = cold | warm('saxgpt.generate', 'saxgpt.backing', 'saxgpt.pipeline', 'saxgpt.train', 'librosa', 'matplotlib.pyplot', 'mido', 'scipy.signal', 'torch._dynamo',
