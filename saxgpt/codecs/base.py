@@ -147,6 +147,11 @@ def silent(self:Codec)->torch.Tensor: # (cardinality,) bool
     quiet = torch.zeros(self.cardinality, dtype=torch.bool, device=self.device)
     return quiet.index_fill(0, heard, True)
 
+@patch(as_prop=True)
+def surely_silent(self:Codec)->torch.Tensor: # (cardinality,) bool
+    "Which codes of the first codebook are silence, whatever the other codebooks add."
+    return self.silent
+
 @patch
 def sounding(self:Codec,
     codes:torch.Tensor, # (B,K,T)

@@ -122,15 +122,17 @@ RISE, FORCE = (3., 5.), -30. # weights of the backing; what is added to the logi
 class SilenceControl:
     "Weights of backing and rests for each solo, moved where nothing is played for too long."
     def __init__(self,
-        codec, # the one of the codes: its `silent` and `sounding` are asked
+        codec, # the one of the codes: it is asked what is silent, surely silent, and sounding
         n:int, # solos
         guidance:float=1., # weight of the backing while all is well; 1: as learnt, never raised
-        bias:float=0., # added to the logits of silent codes while all is well
+        bias:float=0., # added to the logits of rests while all is well: surely silent codes gain
+                       # what is above 0, silent ones lose what is below
         device='cpu', # where the codes are
         patience:int=None, # frames of silence before a rise; `PATIENCE` when absent
     ):
         self.patience = patience or PATIENCE
-        self.codec, self.silent, self.base = codec, codec.silent.to(device), bias
+        self.codec, self.base = codec, bias
+        self.silent, self.surely = codec.silent.to(device), codec.surely_silent.to(device)
         steps = [guidance, *(max(guidance, g) for g in RISE)]
         self.steps = torch.tensor(steps, dtype=torch.float32, device=device)
         self.rest, self.owed, self.level = torch.zeros(3, n, dtype=torch.long, device=device)
@@ -140,7 +142,8 @@ class SilenceControl:
         "Set `guidance` (n, 1, 1) and `bias` (n, 2048) of the first codebook, None where it is 0."
         self.guidance = self.steps[self.level][:, None, None]
         bias = self.base + FORCE*(self.rest >= self.patience + len(RISE)*AGAIN)
-        self.bias = bias[:, None]*self.silent if bias.any() else None
+        rests = torch.where(bias[:, None] > 0, self.surely, self.silent)
+        self.bias = bias[:, None]*rests if bias.any() else None
 
 # %% ../../nbs/06e_decoding.ipynb #ad337a31
 @patch
