@@ -207,7 +207,7 @@ def read_mark(
         if s.body is None:
             body = s.bars[s.first:]
             limited(len(s.bars) + len(body)*(times - 1))
-            for _ in range(times - 1): s.repeat(body)
+            s.bars[s.first:] = [m._replace(again=True) for m in body]*(times - 1) + body
             s.first = len(s.bars)
         s.open = False
     elif mark == ']' and not s.endings: raise ValueError('] closes no ending: [1. is missing')
@@ -267,6 +267,7 @@ def play_order(
     if len(jumps) > 1: raise ValueError(
         f'{jumps[1][1]}: one jump is followed, not two; name sections, and write form: A B A')
     end, jump = jumps[0] if jumps else (n, '')
+    if jump and not end: raise ValueError(f'{jump}: no bar is before it')
     def places(sign, a, b): return [p for p, s in signs if s == sign and a <= p <= b]
     goal = jump and jump[8:] or next((s for _, s in signs if jump and s in ('Fine', 'Coda')), '')
     start = max(places('Segno', 0, end - 1), default=0)*(jump[:4] == 'D.S.')
@@ -357,6 +358,7 @@ def _words(text): # (number of the line, word or mark); headers as (number, (nam
         if m := _HEADER.match(line):
             yield number, (m[1].lower(), m[2])
             continue
+        if '@' in line: raise ValueError(f'line {number}: @ is no chord that is known')
         for written, mark in _SAME: line = re.sub(written, mark, line)
         line = _SIGN.sub(lambda m: m[0] if m[0][0] == '[' else name_sign(m[0]), line)
         line = re.sub(r'\([^()]*\)', lambda m: m[0].replace(' ', ''), line)
@@ -376,14 +378,16 @@ def _headers(lines): # name: value, checked
 
 # %% ../../nbs/12m_charts.ipynb #5d3abc55
 def _sections(words, beats): # names and bars of the sections, in order
-    names, known, s, bar, last = [''], {}, SectionReader(beats), 0, ''
+    names, known, s, bar, last, n = [''], {}, SectionReader(beats), 0, '', 0
     def finish():
+        nonlocal n
         s.end()
         name = names[-1]
         if s.bars: known.setdefault(name, tuple(s.bars))
         elif name:
-            s.bars = [SignedBar(m.chords) for m in known.get(name) or _empty(name)]
+            s.bars = [m._replace(before=(), behind=()) for m in known.get(name) or _empty(name)]
             s.close_bar()
+        n = limited(n + len(s.bars))
         return name, tuple(s.bars)
     number = 1
     try:
