@@ -148,8 +148,8 @@ def generate(
         with one_thread():
             for y in solo_sound(codec, iter(blocks.get, None), x.shape[1], tuning): solos.add(y)
     with ThreadPoolExecutor(1) as pool:
-        sound = pool.submit(make_sound)
         try:
+            sound = pool.submit(make_sound)
             for b in solo_codes(model, codec, x, seeds, prompt, encode_audio, known, **settings):
                 blocks.put(b)
                 done += b.shape[2]

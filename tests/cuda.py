@@ -34,4 +34,4 @@ def fake_cuda():
     @contextmanager
     def stream(_): yield
 
-    with mock.patch.multiple(torch.cuda, Stream=Stream, current_stream=Stream, stream=stream, CUDAGraph=FakeGraph, graph=lambda g: g): yield
+    with mock.patch.multiple(torch.cuda, Stream=Stream, current_stream=Stream, stream=stream, CUDAGraph=FakeGraph, graph=lambda g, **_: g): yield

@@ -234,7 +234,7 @@ def test_splits_are_by_recording(dataset):
 
 def test_killed_and_started_again_ends_the_same(dataset, tmp_path):
     more = ['training.max_steps=12', 'training.val_interval=3']
-    run(*train_args(dataset, tmp_path/'whole', *more))
+    run(*train_args(dataset, tmp_path/'whole', *more), env=cold)
     args = [sys.executable, '-m', *train_args(dataset, tmp_path/'cut', *more)]
     p = subprocess.Popen(args, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path/'cut/metrics.jsonl'

@@ -54,7 +54,8 @@ class GraphStep(Step):
             for _ in range(3): self.work()     # what libraries set up on first use is not recorded
         torch.cuda.current_stream(dev).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph): self.logits = self.work()
+        with torch.cuda.graph(self.graph, capture_error_mode='thread_local'): # others may decode
+            self.logits = self.work()
 
     def work(self): return self.model.decode_step(self.codes, self.place, self.cache)
 

@@ -192,7 +192,8 @@ class KernelStep:
         self.table = numbers(rope.table) if rope else np.zeros((self.S, 0, 2), np.float32)
         self.S = min(self.S, len(self.table))            # nothing checks where loops read
         self.x, self.y = (np.zeros((B, n), np.float32) for n in model.heads.proj.weight.shape[::-1])
-        self.embedding = self.embedding_of(model, cache)
+        self.embedding = *_, places, more = self.embedding_of(model, cache)
+        self.S = min([self.S, *(n for n in (len(places), more.shape[1]) if n)])
         ways = [1] + [2**i for i in range(1, 9) if 2**i <= min(B, threads or cores())]
         self.ways = {n: [self.part(a, b) for a, b in split_rows(B, n)] for n in ways}
         self.pool = ThreadPoolExecutor(max(ways)) if len(ways) > 1 else None
