@@ -402,7 +402,7 @@ def print_summary(
     seed:int, # one that has not been played yet
     notes=(), # MIDI files and scores beside them
     backing='my-track.mp3', # what was played over
-    again:str='1-2', # bars of it that there are
+    again:str='1-2', # bars of it that there are, and further words of the command
 ): # prints
     "Where the solos are and how to go on."
     for row in paths:
@@ -478,4 +478,8 @@ def main(
         instrument=instrument, chart=chart, stay_on_changes=stay_on_changes, **play)
     written = out_paths(output, mix, plot, len(paths))
     notes = [p for row in written for p in notes_paths(row[0], score)]
+    heard = dict(seconds=seconds, chart=chart, tuning=tuning, codec=codec,
+                 checkpoint=None if checkpoint == 'bundled' else checkpoint)
+    more = [f' --{k} {shlex.quote(str(v))}' for k, v in heard.items() if v is not None]
+    again = [''.join([bars, *more]) for bars in again]           # over the same, by the same
     print_summary(paths, time.time() - t0, seed + n, notes, backing, *again)
