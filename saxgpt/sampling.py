@@ -128,7 +128,7 @@ def sample(
     return Sampler(temperature, top_k, top_p, logits.shape[1])(logits, generators)
 
 # %% ../nbs/08a_sampling.ipynb #57daa723
-REST_BIAS = dict(sparse=8., even=3., busy=-8.) # logits added to those of rests at density -1, 0 and 1
+REST_BIAS = dict(sparse=5.5, even=3., busy=-2.) # logits added to those of rests at density -1, 0 and 1
 
 def rest_bias(
     density:float, # from -1, sparse, over 0, as real solos, to 1, busy; None: as learnt

@@ -28,6 +28,7 @@ from saxgpt.ops.files import read_jsonl, read_tensors, write_jsonl
 from saxgpt.evaluation.fit import FIT
 from saxgpt.sweep import sweep
 from saxgpt.pretrained import give_away, load_model
+from saxgpt.takes.changes import STAY
 
 # What cannot be reached is not waited for: a proxy that refuses is as good as no network.
 offline = {k: 'http://127.0.0.1:9' for k in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')} | dict(no_proxy='', NO_PROXY='')
@@ -339,12 +340,16 @@ def test_a_library_that_cannot_fetch_says_so_in_a_line(tmp_path, monkeypatch):
 # settings of the sampling
 
 def test_sweep_plays_validation_tunes_once(data, tmp_path, monkeypatch):
-    "What stands in the config as the test set is not even looked at; settings that were played are not played again"
+    "The config's test set is not even looked at; what was played is not played again; solos are held to the chords, as the command's"
     import saxgpt.evaluate
     cfg = load_config(RunConfig, 'demo', [f'data.val_path={data}/sets/test.safetensors', f'data.test_path={tmp_path}/none.safetensors',
                                           f'data.made_by={data}/data.yaml'])
     played, real = [], saxgpt.evaluate.generate_codes
-    monkeypatch.setattr(saxgpt.evaluate, 'generate_codes', lambda *a, **kw: (played.append(kw), real(*a, **kw))[1])
+    def generate(*a, steer, **kw):
+        played.append(kw)
+        assert steer.weight == STAY and steer.temperature == kw['temperature']
+        return real(*a, steer=steer, **kw)
+    monkeypatch.setattr(saxgpt.evaluate, 'generate_codes', generate)
     bold, shy = (dict(temperature=t, top_k=250, top_p=0., guidance=g) for t, g in ((1., 2.), (.5, 1.)))
     plan = make_plan(samples=2, seconds=4.)
     def swept(*grid): return sweep(cfg, 'bundled', tmp_path/'out', grid, plan, progress=lambda x: x)
