@@ -3,8 +3,6 @@ import os
 import subprocess
 import sys
 
-from forks import warm
-
 code = '''
 import torch
 from saxgpt.config import ModelConfig
@@ -21,7 +19,7 @@ with torch.inference_mode():
 
 
 def play(folder, processes=1):
-    env = {**os.environ, **warm('saxgpt.model.transformer', 'saxgpt.model.decoding'), 'NUMBA_CACHE_DIR': str(folder)}       # without numba
+    env = {**os.environ, 'NUMBA_CACHE_DIR': str(folder)}
     started = [subprocess.Popen([sys.executable, '-c', code], env=env, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(processes)]
     for p in started:
