@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['PLAIN', 'QUICK', 'GRID', 'VERSION', 'GROUP', 'Plan', 'make_plan', 'plain', 'ResultCache', 'round_robin',
            'sample_windows', 'TestSet', 'start_of', 'truth_at', 'recording_files', 'recorded', 'predict', 'check_cache',
-           'halved', 'groups', 'player_key', 'Player', 'steering', 'play', 'quiet', 'SampleScorer', 'mean_ci',
-           'prediction', 'checks', 'sampling_row', 'sampling', 'fit_rows', 'spoilt_rows', 'sounds_of', 'frechet',
-           'apa_score', 'measure_checkpoint', 'window_differences', 'make_judge', 'examples', 'evaluate', 'resumable',
-           'main']
+           'groups', 'player_key', 'Player', 'steering', 'play', 'quiet', 'SampleScorer', 'mean_ci', 'prediction',
+           'checks', 'sampling_row', 'sampling', 'fit_rows', 'spoilt_rows', 'sounds_of', 'frechet', 'apa_score',
+           'measure_checkpoint', 'window_differences', 'make_judge', 'examples', 'evaluate', 'resumable', 'main']
 
 # %% ../nbs/09_evaluation.ipynb #2f8ce5cd
-import copy, json, math, time
+import json, math, time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -37,7 +36,7 @@ from .evaluation.fit import CORRUPTIONS, FIT, corrupt, fit_scores, logits_by_con
 from .metrics import bootstrap, codebook_accuracy, consistency, first_divergence
 from .metrics import kl_divergence, sequence_accuracy, vocabulary
 from .music.transcription import describe_backing, describe_solo, read_truth
-from .model.decoding import Window, generate_codes, single_thread_if_small
+from .model.decoding import Window, generate_codes, halved, single_thread_if_small
 from .model.transformer import SaxGPT, next_step_loss
 from .patterns import delay
 from .evaluation.report import report, summary
@@ -303,12 +302,6 @@ def _agreement(full, cached, valid, tie): # logits (B,K,S,V), valid (B,K,S)
                 tolerance=float((cached - full).abs().amax(-1)[valid].max()),
                 steps=len(full)*valid.shape[2], choices=int(v.sum()))
 
-def halved(model:SaxGPT)->tuple:
-    "A copy in half precision, as it would be played to save memory, and the name of the type."
-    kind = torch.bfloat16
-    if model.null.is_cuda and not torch.cuda.is_bf16_supported(): kind = torch.float16
-    return copy.deepcopy(model).to(kind), str(kind).removeprefix('torch.')
-
 # %% ../nbs/09_evaluation.ipynb #7fe83d58
 GROUP = 4 # windows in a piece of work
 
@@ -456,12 +449,12 @@ def prediction(player:Player)->tuple:
 # %% ../nbs/09_evaluation.ipynb #76f690a0
 def checks(player:Player)->dict: # precision -> as from `check_cache`
     "Cached against teacher-forced decoding."
-    judge, half = player.judge, halved(player.model)
+    judge = player.judge
     tests, plan = judge.tests, judge.plan
     windows = tests.choose(max(2, plan.checks), plan.seed)[0]
     settings = plan.solo | dict(temperature=plan.solo['temperature'] or 1.)
-    def at(kind, model):
-        got = []
+    def at(model):
+        kind, got = str(model.null.dtype).removeprefix('torch.'), []
         pairs = groups(windows, lambda i: tests.place(i)[2], 2)
         for g in judge.progress('cached against full')(pairs):
             def work():
@@ -469,10 +462,10 @@ def checks(player:Player)->dict: # precision -> as from `check_cache`
             got.append(player.kept('cache', g, settings, kind, make=work))
         of = {k: [g[k] for g in got] for k in got[0]}
         first = [f for f in of['first_divergence'] if f is not None]
-        return dict(consistency=np.average(of['consistency'], weights=of['choices']),
-                    first_divergence=min(first, default=None), tolerance=max(of['tolerance']),
-                    steps=sum(of['steps']), choices=sum(of['choices']))
-    return {'float32': at('float32', player.model), half[1]: at(half[1], half[0])}
+        return kind, dict(consistency=np.average(of['consistency'], weights=of['choices']),
+                          first_divergence=min(first, default=None), tolerance=max(of['tolerance']),
+                          steps=sum(of['steps']), choices=sum(of['choices']))
+    return dict(map(at, (player.model, halved(player.model))))
 
 # %% ../nbs/09_evaluation.ipynb #b7cf8ffa
 def sampling_row(
@@ -730,7 +723,8 @@ def main(
     "Say with numbers and sounds how good a checkpoint is: does it predict, sound, fit?"
     solo = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
     plan = make_plan(quick, windows=windows, samples=fad_samples, seconds=seconds, seed=seed,
-                     solo=solo, stay=stay_on_changes, embedders=tuple(embedders.split(',')) if embedders else None)
+                     solo=solo, stay=stay_on_changes,
+                     embedders=tuple(embedders.split(',')) if embedders else None)
     out, cfg = Path(output_dir), load_config(RunConfig, config, overrides or ())
     with resumable(out/'items'):
         results = evaluate(cfg, checkpoint, out, plan, 'cuda' if cuda else 'cpu', against)

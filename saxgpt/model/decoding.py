@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KERNELS_PAY', 'LOOK', 'PATIENCE', 'AGAIN', 'RISE', 'FORCE', 'one_thread', 'single_thread_if_small', 'Step',
-           'GraphStep', 'pack_decoder_weights', 'cpu_step', 'half_precision', 'windows', 'SilenceControl', 'Window',
-           'PlaySettings', 'play_codes', 'generate_codes']
+           'GraphStep', 'pack_decoder_weights', 'cpu_step', 'halved', 'half_precision', 'windows', 'SilenceControl',
+           'Window', 'PlaySettings', 'play_codes', 'generate_codes']
 
 # %% ../../nbs/06e_decoding.ipynb #3d295922
 import copy, torch
@@ -98,13 +98,16 @@ def cpu_step(
     return Step(pack_decoder_weights(model), cache)
 
 # %% ../../nbs/06e_decoding.ipynb #77d678a3
-def half_precision(
+def halved(
     model:SaxGPT, # in eval mode; stays as it is
 ) -> SaxGPT: # for playing only
+    "A copy in bf16; in fp16 on a GPU that lacks it."
+    lacks = model.null.is_cuda and not torch.cuda.is_bf16_supported()
+    return copy.deepcopy(model).to(torch.float16 if lacks else torch.bfloat16)
+
+def half_precision(model:SaxGPT)->SaxGPT:
     "A copy that reads half as much in each step; on a CPU the model itself."
-    if not model.null.is_cuda: return model
-    half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return copy.deepcopy(model).to(half)
+    return halved(model) if model.null.is_cuda else model
 
 # %% ../../nbs/06e_decoding.ipynb #fd53fd5a
 def windows(
