@@ -322,7 +322,7 @@ def make_corpus(
 # %% ../nbs/12_demo.ipynb #cfd414f6
 @lru_cache(1)
 def _codec(name):
-    from saxgpt.codec import load_codec
+    from saxgpt.codecs.load import load_codec
     return load_codec(name)
 
 def _encode_recording(job, codec):

@@ -71,7 +71,7 @@ def check_packages()->str:
 def codec_status()->str:
     "Whether the bundled codec loads, and gives back a short sound."
     import torch
-    from saxgpt.codec import load_codec
+    from saxgpt.codecs.load import load_codec
     codec = load_codec()
     t = torch.arange(codec.sample_rate)/codec.sample_rate
     x = .3*sum(torch.sin(2*torch.pi*220*k*t)/k for k in range(1, 12))

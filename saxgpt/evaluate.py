@@ -25,7 +25,7 @@ from fastcore.script import Param
 
 from . import __version__
 from .audio import SAMPLE_RATE, AudioError, mix, resample, to_mono, write_audio
-from .codec import load_codec
+from .codecs.load import load_codec
 from .codecs.base import check_codec
 from .config import ConfigError, DataConfig, RunConfig, command, device_name, load_config
 from .data.dataset import CodesDataset

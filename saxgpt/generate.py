@@ -22,7 +22,7 @@ from fastcore.script import Param
 
 from .audio import (SAMPLE_RATE, AudioError, TempAudio, bounded, is_silent, largest,
     mix as mix_audio, normalize_loudness, read_blocks, write_audio)
-from .codec import load_codec
+from .codecs.load import load_codec
 from .codecs.base import check_codec
 from .config import command, demo_backing
 from .ops.files import output_path, printable, save_picture

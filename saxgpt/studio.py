@@ -25,7 +25,7 @@ from .music.notation import READS
 from .ops.files import read_json, write_text
 from .ops.packages import needs
 from .ops.words import tell
-from .session import (CANDIDATES, KINDS, KNOBS, Session, Stopped, Take, Worker,
+from .takes.session import (CANDIDATES, KINDS, KNOBS, Session, Stopped, Take, Worker,
     ranking_words, score_words)
 from .takes.changes import MOST_WEIGHT
 

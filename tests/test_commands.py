@@ -26,7 +26,7 @@ from saxgpt.ops.files import read_jsonl, read_tensors
 from saxgpt.pretrained import give_away, load_model
 
 cold = dict(os.environ, OMP_NUM_THREADS='1')            # each command at least once
-env = cold | warm('saxgpt.generate', 'saxgpt.backing', 'saxgpt.pipeline', 'saxgpt.train', 'librosa', 'matplotlib.pyplot', 'mido', 'scipy.signal', 'torch._dynamo',
+env = cold | warm('saxgpt.generate', 'saxgpt.music.backing', 'saxgpt.pipeline', 'saxgpt.train', 'librosa', 'matplotlib.pyplot', 'mido', 'scipy.signal', 'torch._dynamo',
                   *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'segments', 'codes', 'splits')), family=True)
 
 
@@ -81,7 +81,7 @@ def test_the_seed_of_a_kept_solo_plays_it_again(tmp_path):
 def test_a_solo_over_a_chart(tmp_path):
     "A chart in a file becomes a backing whose chords the solo knows, under any name."
     (tmp_path/'two.txt').write_text('title: Two\nbpm: 240\nDm7 G7 | CΔ', encoding='utf-8')
-    r = run('saxgpt.backing', 'two.txt', '--feel', 'bossa', '-o', 'two.wav', cwd=tmp_path, env=cold)
+    r = run('saxgpt.music.backing', 'two.txt', '--feel', 'bossa', '-o', 'two.wav', cwd=tmp_path, env=cold)
     assert 'saxgpt generate two.wav' in r.stdout and not r.stderr
     path, x, truth = read_backing(tmp_path/'two.wav')
     assert [c['name'] for c in truth['chords']] == ['Dm7', 'G7', 'CΔ', 'Cmaj7'] and x.shape[1] == 3*32000
@@ -89,7 +89,7 @@ def test_a_solo_over_a_chart(tmp_path):
     assert sf.info(tmp_path/'solo.wav').duration == 3 and 'two.json' not in r.stderr
     (tmp_path/'two.json').write_text('{"mine": true}')
     for args in ('two.txt', '-o', 'two.wav'), ('C | Q', '-o', 'new.wav'), ('C', '--feel', 'polka', '-o', 'new.wav'):
-        r = run('saxgpt.backing', *args, cwd=tmp_path, ok=False)
+        r = run('saxgpt.music.backing', *args, cwd=tmp_path, ok=False)
         assert r.returncode in (1, 2) and r.stderr.count('\n') == 1, r.stderr
     assert (tmp_path/'two.json').read_text() == '{"mine": true}' and not (tmp_path/'new.wav').exists()
 

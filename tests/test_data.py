@@ -22,7 +22,7 @@ import yaml
 
 from forks import first, warm
 from kills import busy
-from saxgpt.codec import load_codec
+from saxgpt.codecs.load import load_codec
 from saxgpt.codecs.bundled import MelCodec
 from saxgpt.config import DataConfig, load_config
 from saxgpt.data.dataset import CodesDataset

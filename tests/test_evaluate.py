@@ -26,14 +26,14 @@ from saxgpt.evaluate import make_plan, mean_ci
 from saxgpt.evaluation.fad import FadError, fad, library_points
 from saxgpt.ops.files import read_jsonl, read_tensors, write_jsonl
 from saxgpt.evaluation.fit import FIT
-from saxgpt.sweep import sweep
+from saxgpt.evaluation.sweep import sweep
 from saxgpt.pretrained import give_away, load_model
 from saxgpt.takes.changes import STAY
 
 # What cannot be reached is not waited for: a proxy that refuses is as good as no network.
 offline = {k: 'http://127.0.0.1:9' for k in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')} | dict(no_proxy='', NO_PROXY='')
 cold = dict(os.environ, OMP_NUM_THREADS='1')
-env = cold | warm('saxgpt.evaluate', 'saxgpt.sweep', 'saxgpt.pipeline', *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'segments', 'codes', 'splits')),
+env = cold | warm('saxgpt.evaluate', 'saxgpt.evaluation.sweep', 'saxgpt.pipeline', *(f'saxgpt.data.{s}' for s in ('download', 'stems', 'segments', 'codes', 'splits')),
                   'librosa', 'matplotlib.pyplot', 'scipy.signal', 'torch._dynamo')
 title = '<img src=x onerror="document.title=1"> & Söhne'
 
@@ -360,5 +360,5 @@ def test_sweep_plays_validation_tunes_once(data, tmp_path, monkeypatch):
     assert two['rows'][3]['voiced'] != two['rows'][2]['voiced'] and json.dumps(two, allow_nan=False)
     with pytest.raises(CodecMismatch, match='foreign: made with'):
         sweep(cfg, make_checkpoint(tmp_path/'foreign', codec_hash='another'), tmp_path/'none', [bold], plan)
-    r = run('saxgpt.sweep', '--config', 'demo', '--n', 1, ok=False, env=cold)
+    r = run('saxgpt.evaluation.sweep', '--config', 'demo', '--n', 1, ok=False, env=cold)
     assert r.returncode == 2 and r.stderr == 'saxgpt: --n: given 1; at least 2\n', r.stderr

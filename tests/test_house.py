@@ -17,7 +17,7 @@ from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults
 
 from readme import readme
-from saxgpt.cli import commands
+from saxgpt.cli import commands, rooms
 
 root = Path(__file__).resolve().parents[1]
 notebooks = sorted(p for p in (root/'nbs').glob('[0-9]*.ipynb'))
@@ -29,20 +29,20 @@ layers = [
     {'ops.packages', 'ops.words'},
     {'config', 'ops', 'audio', 'patterns', 'sampling', 'metrics'},
     {'music', 'codecs', 'data.dataset'},
-    {'codec', 'demo', 'data', 'model'},
+    {'codecs.load', 'demo', 'data', 'model'},
     {'training.checkpoint', 'training.run_sync'},
-    {'pretrained', 'backing'},
+    {'pretrained', 'music.backing'},
     {'training', 'monitor'},
     {'train', 'generation'},
     {'takes'},
     {'generate'},
-    {'session'},
-    {'evaluation', 'evaluate', 'sweep', 'worlds'},
+    {'takes.session'},
+    {'evaluation', 'evaluate', 'evaluation.sweep', 'evaluation.worlds'},
     {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
 ]
-inside = {('audio', 'ops'), ('ops.remote', 'ops.files'), ('config', 'ops'), ('data', 'codec'), ('demo', 'codec'), ('demo', 'data'), ('music', 'music'), ('codecs', 'codecs'),
-          ('model', 'model'), ('training', 'training'), ('training.run_sync', 'training.checkpoint'), ('evaluate', 'evaluation'), ('evaluation.page', 'evaluation.fit'), ('evaluation.report', 'evaluation.fit'), ('evaluation.report', 'evaluation.page'), ('sweep', 'evaluate'),
-          ('worlds', 'evaluate'), ('worlds', 'evaluation')}
+inside = {('audio', 'ops'), ('ops.remote', 'ops.files'), ('config', 'ops'), ('data', 'codecs.load'), ('demo', 'codecs.load'), ('demo', 'data'), ('music', 'music'), ('codecs', 'codecs'),
+          ('model', 'model'), ('training', 'training'), ('training.run_sync', 'training.checkpoint'), ('evaluate', 'evaluation'), ('evaluation.page', 'evaluation.fit'), ('evaluation.report', 'evaluation.fit'), ('evaluation.report', 'evaluation.page'), ('evaluation.sweep', 'evaluate'),
+          ('evaluation.worlds', 'evaluate'), ('evaluation.worlds', 'evaluation')}
 
 
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
@@ -248,7 +248,7 @@ def help_of(name, monkeypatch, capsys):
     monkeypatch.setenv('COLUMNS', '100')
     monkeypatch.setattr(sys, 'argv', [name, '--help'])
     with pytest.raises(SystemExit) as end:
-        runpy.run_module(f'saxgpt.{name}', run_name='__main__', alter_sys=True)
+        runpy.run_module(f'saxgpt.{rooms.get(name, name)}', run_name='__main__', alter_sys=True)
     assert not end.value.code
     return capsys.readouterr().out
 
@@ -256,7 +256,7 @@ def help_of(name, monkeypatch, capsys):
 @pytest.mark.filterwarnings('ignore:.*found in sys.modules')
 @pytest.mark.parametrize('name', commands)
 def test_help_imports_nothing_slow(name, nothing_installed, monkeypatch, capsys):
-    r = subprocess.run([sys.executable, '-m', f'saxgpt.{name}', '--help'],
+    r = subprocess.run([sys.executable, '-m', f'saxgpt.{rooms.get(name, name)}', '--help'],
                        capture_output=True, text=True, env=nothing_installed)
     assert r.returncode == 0 and 'usage' in r.stdout, r.stderr
     assert r.stdout == help_of(name, monkeypatch, capsys)

@@ -13,7 +13,7 @@ from pathlib import Path
 import soundfile as sf, torch
 from fastcore.basics import patch
 from ..audio import SILENT, load_mono, probe
-from ..codec import load_codec
+from ..codecs.load import load_codec
 from ..codecs.base import Codec
 from ..config import DataConfig
 from ..ops.files import (is_name, map_parallel, read_json, read_manifest, read_table, read_tensors,

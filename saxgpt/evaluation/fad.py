@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 
 from ..audio import SAMPLE_RATE, normalize_loudness, resample
-from ..codec import load_codec
+from ..codecs.load import load_codec
 from ..codecs.mel import log_mel_frames
 from ..ops.files import content_hash, read_tensors, write_tensors
 from ..metrics import apa_of, frechet_distance, frechet_infinity, jackknife, kernel_distance

@@ -18,7 +18,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 
 from ..audio import SAMPLE_RATE
-from ..codec import load_codec
+from ..codecs.load import load_codec
 from ..config import weights_dir
 from ..generation import LazyEncoder
 from ..model.chord_reader import FRAMES, LONGEST, load_chord_reader

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np, torch, torch.nn.functional as F
 
-from ..codec import load_codec
+from ..codecs.load import load_codec
 from ..codecs.base import check_codec
 from ..config import OptimizerConfig, command
 from ..model.chord_reader import FRAMES, ROOTS, ChordReader

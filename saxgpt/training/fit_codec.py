@@ -15,7 +15,7 @@ from pathlib import Path
 import librosa, numpy as np, torch
 
 from ..audio import load_mono, log_mel
-from ..codec import load_codec
+from ..codecs.load import load_codec
 from ..codecs.base import CodecError
 from ..codecs.bundled import MelCodec, PitchCodec, check_target
 from ..codecs.mel import MelSettings, nearest

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np, soundfile as sf, torch
 
-from ..codec import load_codec
+from ..codecs.load import load_codec
 from ..codecs.base import CodecError
 from ..codecs.bundled import MelCodec
 from ..codecs.mel import dequantize, magnitudes, quantize

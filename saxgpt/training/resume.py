@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from ..codec import load_codec
+from ..codecs.load import load_codec
 from ..config import RunConfig, parse, to_dict
 from ..ops.files import reason, replace_dir
 from ..pretrained import find_checkpoint

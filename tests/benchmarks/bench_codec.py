@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy.signal import butter, fftconvolve, sosfilt
 
-from saxgpt.codec import load_codec
+from saxgpt.codecs.load import load_codec
 from saxgpt.demo import _frame, compose
 from saxgpt.music.soundfont import load_font
 from saxgpt.music.synth import render_lead

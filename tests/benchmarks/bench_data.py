@@ -39,7 +39,7 @@ import soundfile as sf
 import torch
 import yaml
 
-from saxgpt.codec import load_codec
+from saxgpt.codecs.load import load_codec
 from saxgpt.config import DataConfig, load_config
 from saxgpt.data import codes, stems
 from saxgpt.demo import make_corpus, tiny_demucs
