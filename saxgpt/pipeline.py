@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.script import Param
 from .config import ConfigError, DataConfig, command, config_path, device_name, load_config, to_dict
-from .ops.files import WriteError, content_hash, file_hash, is_name, locked, output_path, printable, read_json, read_jsonl, remove_leftovers, try_call, write_text
+from .ops.files import (WriteError, content_hash, file_hash, is_name, locked, output_path, printable,
+                              read_json, read_jsonl, remove_leftovers, write_text)
 from .ops.packages import needs
+from .ops.parallel import try_call
 from .ops.words import tell
 
 # %% ../nbs/13_pipeline.ipynb #56e03ba1
@@ -80,7 +82,7 @@ def _at(folder, fn, item): # what a Ray worker does
     return try_call(fn, item)
 
 class Ray:
-    "Workers of a Ray cluster, in the place of `saxgpt.ops.files.Processes`"
+    "Workers of a Ray cluster, in the place of `saxgpt.ops.parallel.Processes`"
     def __init__(self, address:str, # of the cluster: auto, HOST:PORT, ray://HOST:PORT, or local to start one here
                  gpu:bool=False): # each item needs a GPU
         with needs('Ray', 'ray', 'ray', ConfigError): import ray

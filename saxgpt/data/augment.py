@@ -13,8 +13,9 @@ from pathlib import Path
 import librosa, numpy as np, soundfile as sf
 from ..audio import TempAudio, in_blocks, probe, resampled, write_stream
 from ..config import AugmentConfig, DataConfig
-from ..ops.files import (atomic_dir, content_hash, map_parallel, prune, read_json, read_table,
-                          reason, write_jsonl)
+from ..ops.files import (atomic_dir, content_hash, prune, read_json, read_table, reason,
+                          write_jsonl)
+from ..ops.parallel import map_parallel
 
 # %% ../../nbs/03_augmentation.ipynb #f3c0acc6
 def spectra(

@@ -16,8 +16,9 @@ from ..audio import SILENT, load_mono, probe
 from ..codecs.load import load_codec
 from ..codecs.base import Codec
 from ..config import DataConfig
-from ..ops.files import (is_name, map_parallel, read_json, read_manifest, read_table, read_tensors,
-                          reason, try_call, write_jsonl, write_tensors)
+from ..ops.files import (is_name, read_json, read_manifest, read_table, read_tensors, reason,
+                          write_jsonl, write_tensors)
+from ..ops.parallel import map_parallel, try_call
 
 # %% ../../nbs/04_tokenization.ipynb #270b2ae6
 class LazyAudio:

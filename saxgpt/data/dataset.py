@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from ..ops.files import safe_imports
 from ..patterns import delay
+from ..ops.parallel import safe_imports
 from ..ops.remote import fetch, is_remote
 
 # %% ../../nbs/05_dataset.ipynb #b0a99ae6

@@ -18,8 +18,9 @@ from fastcore.basics import patch
 from ..audio import AudioError, SILENT, is_recording, probe, same_sound
 from ..config import ConfigError, DataConfig, DownloadConfig
 from ..ops.files import (FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash,
-                          map_parallel, printable, read_json, read_jsonl, reason, write_jsonl)
+                          printable, read_json, read_jsonl, reason, write_jsonl)
 from ..ops.packages import needs
+from ..ops.parallel import map_parallel
 from ..ops.remote import retrying
 from ..ops.words import bar
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np, soundfile as sf
 from ..audio import is_silent, write_stream
 from ..config import DataConfig, SegmentConfig
-from ..ops.files import (atomic_dir, content_hash, is_name, map_parallel, output_path, prune,
+from ..ops.files import (atomic_dir, content_hash, is_name, output_path, prune,
                           read_manifest, reason, write_text)
+from ..ops.parallel import map_parallel
 
 # %% ../../nbs/02_segmentation.ipynb #474fb23d
 def rms_frames(

@@ -15,8 +15,9 @@ import numpy as np
 from .. import __version__
 from ..config import DataConfig
 from .dataset import _BROKEN, CodesDataset, DatasetError, map_tensors
-from ..ops.files import (atomic_path, content_hash, file_hash, is_name, map_parallel, printable,
-                          read_jsonl, read_manifest, reason)
+from ..ops.files import (atomic_path, content_hash, file_hash, is_name, printable, read_jsonl,
+                          read_manifest, reason)
+from ..ops.parallel import map_parallel
 
 # %% ../../nbs/05b_splits.ipynb #d0d2b15b
 SPLITS = 'train', 'val', 'test'

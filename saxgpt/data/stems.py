@@ -20,9 +20,10 @@ from fastcore.basics import patch
 from ..audio import (SAMPLE_RATE, LoudnessMeter, TempAudio, in_blocks, loudness, resampled,
                           read_blocks, to_mono, write_stream)
 from ..config import ConfigError, DataConfig, DemucsConfig
-from ..ops.files import (atomic_dir, content_hash, file_hash, is_name, map_parallel, read_json,
+from ..ops.files import (atomic_dir, content_hash, file_hash, is_name, read_json,
                           read_manifest, read_tensors, write_jsonl, write_tensors)
 from ..ops.packages import needs
+from ..ops.parallel import map_parallel
 from ..ops.words import bar
 
 # %% ../../nbs/01_stem_separation.ipynb #1aa109da

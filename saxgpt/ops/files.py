@@ -6,22 +6,17 @@
 __all__ = ['FULL', 'WriteError', 'reason', 'atomic_path', 'replace_dir', 'atomic_dir', 'expanded', 'output_path', 'file_hash',
            'content_hash', 'open_own', 'append_jsonl', 'json_lines', 'read_jsonl', 'read_json', 'write_text',
            'write_jsonl', 'is_name', 'read_manifest', 'read_table', 'prune', 'save_picture', 'write_tensors',
-           'read_tensors', 'tensor_shapes', 'read_weights', 'unfilled', 'remove_leftovers', 'locked', 'try_call',
-           'safe_imports', 'Processes', 'map_parallel']
+           'read_tensors', 'tensor_shapes', 'read_weights', 'unfilled', 'remove_leftovers', 'locked']
 
 # %% ../../nbs/10a_files.ipynb #969a8b6b
-import csv, errno, hashlib, json, os, re, shutil, signal, stat, sys, threading, time
-import multiprocessing as mp
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import csv, errno, hashlib, json, os, re, shutil, stat
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 
 from .packages import drawing
-from .words import bar, notify, printable
+from .words import notify, printable
 
 # %% ../../nbs/10a_files.ipynb #f5c00fe7
 class WriteError(OSError): "An output that cannot be written; the message names it."
@@ -464,106 +459,3 @@ def locked(
             stack.enter_context(_lock(Path(f), wait))
         for f in folders: remove_leftovers(f)
         yield
-
-# %% ../../nbs/10a_files.ipynb #79a78bc3
-def try_call(fn, *args): # what `fn(*args)` returns, or the exception that it raises
-    "Call a function and hand over its exception as its result."
-    try: return fn(*args)
-    except Exception as e: return e
-
-# %% ../../nbs/10a_files.ipynb #6c9ebf12
-@contextmanager
-def safe_imports():
-    "Python processes that are started here do not look for modules in the working directory."
-    before = os.environ.get('PYTHONSAFEPATH')
-    here = sys.version_info < (3, 11) and try_call(os.getcwd)
-    os.environ['PYTHONSAFEPATH'] = '1'
-    if isinstance(here, str): os.chdir(sys.prefix)                   # Python 3.10 knows no other way
-    try: yield
-    finally:
-        if isinstance(here, str): os.chdir(here)
-        if before is None: del os.environ['PYTHONSAFEPATH']
-        else: os.environ['PYTHONSAFEPATH'] = before
-
-# %% ../../nbs/10a_files.ipynb #8fd87742
-def _worker():
-    "Begin a worker process."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (mp.parent_process().join(), os._exit(1)), daemon=True).start()
-    for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ[k] = '1'
-    if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(1)
-
-class Processes:
-    "Worker processes on this machine."
-    def __init__(self, n:int): self.n = n # how many
-
-    def _pool(self, fn, left, n):
-        others = set(mp.active_children())
-        with safe_imports(): pool = ProcessPoolExecutor(n, mp.get_context('spawn'), _worker)
-        try:
-            with safe_imports(): futures = {pool.submit(try_call, fn, item): i for i, item in left}
-            begun = list(pool._processes.values())           # those that have ended are children no more
-            for f in as_completed(futures): yield futures[f], f.result()
-        except BaseException as e:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(e, BrokenProcessPool) and n == 1: self.status = _status(begun[0])
-            for p in set(mp.active_children()) - others: p.kill()
-            raise
-        pool.shutdown()
-
-# %% ../../nbs/10a_files.ipynb #eeb35725
-def _status(process): # how it ended, once that is known: a broken pipe is noticed sooner
-    for _ in range(100):
-        if process.exitcode is not None: break
-        time.sleep(.05)
-    return process.exitcode
-
-@patch
-def imap(self:Processes,
-    fn, # a function of one item, importable by name
-    items:list,
-): # yields (index, result or exception), in the order in which they are done
-    "Apply `fn` to every item; an item whose process is killed fails, the others do not."
-    left = dict(enumerate(items))
-    while left:
-        try:
-            for i, r in self._pool(fn, list(left.items()), min(self.n, len(left))):
-                del left[i]
-                yield i, r
-        except BrokenProcessPool:
-            for i in list(left)[:self.n + 1]:
-                try: [(_, r)] = self._pool(fn, [(i, left[i])], 1)
-                except BrokenProcessPool: r = _ended(self.status)
-                del left[i]
-                yield i, r
-
-# %% ../../nbs/10a_files.ipynb #d284df53
-def _ended(status)->Exception:
-    "What became of a process that ended by itself."
-    if status == -getattr(signal, 'SIGKILL', 9):
-        return MemoryError('its process was killed, most likely for want of memory; '
-                           'try fewer processes')
-    return ChildProcessError(f'its process ended by itself with status {status}; '
-                             'try it with one process')
-
-# %% ../../nbs/10a_files.ipynb #9185c326
-def map_parallel(
-    fn, # a function of one item; importable by name unless `n_jobs` is 1
-    items, # what to work on
-    n_jobs=1, # processes, or an object with `imap` as in `Processes`
-    desc:str=None, # label of the progress bar; None for no bar
-    size=None, # item -> seconds of audio, for the bar
-)->list: # (item, result or exception), in the order of `items`
-    "Apply `fn` to every item, with a progress bar; raises what would fail every item."
-    items, done, heard = list(items), {}, 0
-    if not isinstance(n_jobs, int): results = n_jobs.imap(fn, items)
-    elif n_jobs > 1 and len(items) > 1: results = Processes(n_jobs).imap(fn, items)
-    else: results = ((n, try_call(fn, i)) for n, i in enumerate(items))
-    sizes = [size(i) if size else 1 for i in items]
-    how = dict(desc=desc, disable=desc is None, unit=' s' if size else 'it')
-    with bar(total=round(sum(sizes)), **how) as shown:
-        for n, r in results:
-            if isinstance(r, WriteError): raise r
-            done[n], heard = r, heard + sizes[n]
-            shown.update(round(heard) - shown.n)
-    return [(i, done[n]) for n, i in enumerate(items)]

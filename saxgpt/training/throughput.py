@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ConfigError, ModelConfig, RunConfig
-from ..ops.files import safe_imports
+from ..ops.parallel import safe_imports
 from ..model.transformer import SaxGPT, next_step_loss
 from .optim import EMA, make_optimizer
 
