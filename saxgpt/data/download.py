@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 from fastcore.basics import patch
-from ..audio import AudioError, SILENT, is_recording, probe, same_sound
+from ..audio import SILENT, AudioError, probe
 from ..config import ConfigError, DataConfig, DownloadConfig
+from ..ops.decoding import is_recording, same_sound
 from ..ops.files import (FULL, WriteError, append_jsonl, atomic_dir, content_hash, file_hash,
                           printable, read_json, read_jsonl, reason, write_jsonl)
 from ..ops.packages import needs
