@@ -23,9 +23,10 @@ from saxgpt.ops.files import (atomic_dir, atomic_path, read_json, read_jsonl, wr
 from .music.arrangement import Clock, arrange, perform, play_track, tempo_map, timeline
 from .music.drums import drum
 from .music.feels import FEELS, LEVELS, comp, stab, tracks_of, walk
+from .music.fonts import find_fonts
 from .music.recording import gated_level, record
 from .music.soloist import SAXOPHONES, STYLES, articulate, melody, phrases
-from .music.soundfont import find_fonts, load_font
+from .music.soundfont import load_font
 from .music.synth import Note, render_lead, render_part
 from .music.theory import FORMS, NAMES, draw_changes, draw_harmony, lay_out
 from .music.world import Pool, draw_world, make_pool

@@ -27,7 +27,7 @@ from ..metrics import longest_silence
 from ..music.transcription import describe_backing, describe_solo, tuning_of
 from ..model.decoding import generate_codes
 from ..music.feels import BANDS, FEELS
-from ..music.recording import KINDS
+from ..music.recording_settings import KINDS
 from ..music.world import make_pool
 from ..sampling import resolve_sampling
 from ..pretrained import load_model

@@ -14,9 +14,10 @@ import numpy as np
 
 from .arrangement import ENDINGS, INTROS, STOPS
 from .feels import BANDS, FEELS, draw_part, harmonies_of, programs_of, tracks_of
-from .recording import draw_recording
+from .fonts import DEFAULT_FONT, corpus_fonts
+from .recording_settings import draw_recording
 from .soloist import SAXOPHONES
-from .soundfont import DEFAULT_FONT, corpus_fonts, load_font
+from .soundfont import load_font
 
 # %% ../../nbs/12h_world.ipynb #c56bac2e
 def race(
