@@ -1,5 +1,21 @@
-"How the tests are dealt out to processes, with `-n`, and how these end."
+"How the tests are dealt out to processes, with `-n`, and how these begin and end."
 import gc
+import os
+
+from forks import warm
+
+# What the tests import, and what they start: once, by a server from which the processes of the tests are forked. Each of them has such a server of its own.
+IMPORTED = ('pytest', 'nbdev.test', 'nbconvert', 'torch', 'torch._dynamo', 'torch.distributed.run', 'scipy.signal', 'librosa', 'matplotlib.pyplot',
+            'IPython.display', 'av', 'demucs.api', 'gcsfs', 'mido', 'pydantic', 'soundfile', 'soxr')
+for name in 'SAXGPT_WARM', 'SAXGPT_WARM_FAMILY': os.environ.pop(name, None)      # what the tests start is warm where it asks for it
+# Notebooks that take longest. They begin first, so that at the end no process works at one of them while the others have nothing left.
+SLOW = '08c 09_ 08_ 09b 08e 09c 08b 07c 08f 04b 01_ 03_ 04g 06_'.split()
+
+
+def pytest_xdist_setupnodes(config, specs): os.environ.update(warm(*IMPORTED, family=True))
+
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda item: not any(f'notebook_runs[{name}' in item.nodeid for name in SLOW))
 
 
 def pytest_xdist_make_scheduler(config, log):

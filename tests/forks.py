@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import types
+import weakref
 from fcntl import F_DUPFD_CLOEXEC, fcntl
 from pathlib import Path
 
@@ -123,6 +124,7 @@ def serve(here):
         if 'tqdm' in sys.modules: sys.modules['tqdm'].tqdm.set_lock(threading.RLock())      # its own begins one more process
         gc.collect()
         gc.freeze()                                                       # what is never looked at again stays shared
+        for f in weakref.finalize._registry.values(): f.atexit = False    # the objects of the server outlive its forks
         middle = os.fork()
         if not middle:
             middle = os.getpid()
