@@ -106,7 +106,8 @@ class Ray:
 # %% ../nbs/13_pipeline.ipynb #30183b5f
 def _origin(cfg, separator): # for the note
     "Hash of everything that decides what the datasets are"
-    from saxgpt.data.stems import Demucs, separator_name
+    from saxgpt.data.separation import Demucs
+    from saxgpt.data.stems import separator_name
     c, codec = to_dict(cfg), Path(cfg.codec)
     c['codec'] = {p.name: file_hash(p) for p in sorted(codec.glob('*.*'))} if codec.is_dir() else cfg.codec
     c['demucs']['repo'] = separator_name(separator or Demucs(cfg.demucs)) if separator or cfg.demucs.repo else None
