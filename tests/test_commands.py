@@ -17,7 +17,7 @@ from forks import warm
 from saxgpt.audio import load_mono, resample
 from saxgpt.config import ModelConfig, demo_backing
 from saxgpt.data.dataset import CodesDataset
-from saxgpt.data.download import find_recordings, ingest
+from saxgpt.data.recordings import find_recordings, ingest
 from saxgpt.data.splits import SPLITS, split_of
 from saxgpt.demo import make_corpus
 from saxgpt.generate import read_backing

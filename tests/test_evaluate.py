@@ -19,7 +19,7 @@ from browser import browser, need
 from forks import warm
 from saxgpt.codecs.base import CodecMismatch
 from saxgpt.config import DataConfig, RunConfig, load_config, to_dict
-from saxgpt.data.download import find_recordings, ingest
+from saxgpt.data.recordings import find_recordings, ingest
 from saxgpt.data.splits import split_of
 from saxgpt.demo import make_corpus
 from saxgpt.evaluate import make_plan, mean_ci

@@ -14,7 +14,7 @@ import numpy as np
 from ..audio import (SAMPLE_RATE, LoudnessMeter, TempAudio, in_blocks, loudness, resampled,
                           read_blocks, to_mono, write_stream)
 from ..config import ConfigError, DataConfig, DemucsConfig
-from .separation import (Demucs, MixStats, StemError, chunks, measure, overlap_add,
+from .separation import (Demucs, StemError, chunks, measure, overlap_add,
                                     separate_chunk)
 from ..ops.files import (atomic_dir, content_hash, is_name, read_json, read_manifest, read_tensors,
                           write_jsonl, write_tensors)
