@@ -15,8 +15,9 @@ from ..codecs.load import load_codec
 from ..codecs.base import check_codec
 from ..config import OptimizerConfig, command
 from ..model.chord_reader import FRAMES, ROOTS, ChordReader
-from ..ops.files import atomic_path, content_hash, output_path, read_json, read_tensors
+from ..ops.files import content_hash, output_path, read_json, read_tensors
 from ..ops.words import bar, tell
+from .fit_spectra import resume_fit, save_fit
 from .optim import make_optimizer
 
 # %% ../../nbs/07m_fit_chords.ipynb #7a0c0007
@@ -165,30 +166,15 @@ def fit_chords(
     opt = make_optimizer(reader, OptimizerConfig(type='muon', lr=s.lr))
     state = out.with_name(f'{out.name}.run')
     run = content_hash(codec.for_backing.hash, str(asdict(s)), learnt.codes.numpy().tobytes())
-    begun = _resume(state, run, reader, opt)
+    begun = resume_fit(state, run, reader, opt)
     for step in bar(range(begun, s.steps), initial=begun, total=s.steps, desc='Chords',
                     disable=not progress):
         _step(reader, opt, learnt, s, step)
-        if (step + 1) % s.save_every == 0: _save(state, run, step + 1, reader, opt)
+        if (step + 1) % s.save_every == 0: save_fit(state, run, step + 1, reader, opt)
     figures = reader_figures(reader.eval(), held)
     reader.save(out, codec, {k: str(v) for k, v in (asdict(s) | figures).items()})
     state.unlink(missing_ok=True)
     return reader, figures
-
-def _save(state, run, step, reader, opt):
-    "Write what an interrupted run goes on from."
-    parts = dict(run=run, step=step, reader=reader.state_dict(), opt=opt.state_dict())
-    with atomic_path(state) as p: torch.save(parts, p)
-
-def _resume(state, run, reader, opt):
-    "Read it back: the steps of the same run, 0 where there is nothing."
-    if not state.exists(): return 0
-    try: parts = torch.load(state, weights_only=True)
-    except Exception: raise ValueError(f'{state}: is damaged; delete it to begin anew') from None
-    if parts['run'] != run: return 0
-    reader.load_state_dict(parts['reader'])
-    opt.load_state_dict(parts['opt'])
-    return parts['step']
 
 # %% ../../nbs/07m_fit_chords.ipynb #7a0c0016
 @command
