@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .audio import SAMPLE_RATE, write_audio
-from .config import command, read_yaml, weights_dir
+from .config import command, weights_dir
 from saxgpt.ops.files import (atomic_dir, atomic_path, read_json, read_jsonl, write_jsonl,
     write_text)
 from .music.arrangement import Clock, arrange, perform, play_track, tempo_map, timeline
@@ -31,6 +31,7 @@ from .music.synth import Note, render_lead, render_part
 from .music.theory import FORMS, NAMES, draw_changes, draw_harmony, lay_out
 from .music.world import Pool, draw_world, make_pool
 from .ops.parallel import map_parallel
+from .ops.sections import read_yaml
 from .ops.words import notify
 
 # %% ../nbs/12_demo.ipynb #f445c982
