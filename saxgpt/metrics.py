@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FEW', 'codebook_cross_entropy', 'codebook_accuracy', 'perplexity', 'code_counts', 'vocabulary', 'kl_divergence',
            'total_variation', 'longest_silence', 'first_divergence', 'consistency', 'sequence_accuracy',
-           'frechet_distance', 'frechet_infinity', 'kernel_distance', 'apa_of', 'apa', 'wilson', 'bootstrap',
-           'jackknife']
+           'frechet_distance', 'frechet_infinity', 'kernel_distance', 'apa_of', 'apa', 'wilson', 'bootstrap', 'mean_ci',
+           'window_differences', 'jackknife']
 
 # %% ../nbs/09a_metrics.ipynb #f55dac52
 import math
@@ -320,6 +320,28 @@ def bootstrap(
     got = [(fn or np.mean)(pick(np.concatenate([members[k] for k in rng.integers(0, n, n)])))
            for _ in range(draws)]
     return tuple(float(q) for q in np.percentile(got, [50*(1 - level), 50*(1 + level)]))
+
+# %% ../nbs/09a_metrics.ipynb #20f0e052
+def mean_ci(
+    values, # (n,), one for each window; NaN or None where there is none
+    draws:int=1000, # of the bootstrap
+    groups=None, # (n,) recording of each window; windows of one are drawn together
+    binary:bool=False, # values are 0 or 1, or near
+)->dict: # mean, low, high, n; None where there is none
+    "A mean and its confidence interval (95 %, over recordings)."
+    v = np.array([np.nan if x is None else x for x in values], float)
+    ok = np.isfinite(v)
+    if not ok.any(): return dict(mean=None, low=None, high=None, n=0)
+    g = None if groups is None else [groups[i] for i in np.flatnonzero(ok)]
+    ends = bootstrap(v[ok], draws=draws, groups=g, binary=binary)
+    low, high = (float(x) if np.isfinite(x) else None for x in ends)
+    return dict(mean=float(v[ok].mean()), low=low, high=high, n=int(ok.sum()))
+
+# %% ../nbs/09a_metrics.ipynb #0b732f19
+def window_differences(mine, theirs, draws:int=1000, groups=lambda metric: None)->dict:
+    "Metric -> interval of mine - theirs; `groups` gives the recordings of its windows."
+    def difference(k): return np.asarray(mine[k], float) - np.asarray(theirs[k], float)
+    return {k: mean_ci(difference(k), draws, groups(k)) for k in mine}
 
 # %% ../nbs/09a_metrics.ipynb #0fe2bfcc
 def jackknife(

@@ -22,7 +22,8 @@ from saxgpt.config import DataConfig, RunConfig, load_config, to_dict
 from saxgpt.data.recordings import find_recordings, ingest
 from saxgpt.data.splits import split_of
 from saxgpt.demo import make_corpus
-from saxgpt.evaluate import make_plan, mean_ci
+from saxgpt.evaluation.testset import make_plan
+from saxgpt.metrics import mean_ci
 from saxgpt.evaluation.fad import FadError, fad, library_points
 from saxgpt.ops.files import read_jsonl, read_tensors, write_jsonl
 from saxgpt.evaluation.fit import FIT

@@ -42,6 +42,7 @@ layers = [
 ]
 inside = {('audio', 'ops'), ('data.download', 'data.recordings'), ('data.stems', 'data.separation'), ('ops.parallel', 'ops.files'), ('ops.sections', 'ops.files'), ('ops.decoding', 'ops.containers'), ('ops.remote', 'ops.files'), ('config', 'ops'), ('data', 'codecs.load'), ('demo', 'codecs.load'), ('demo', 'data'), ('music', 'music'), ('codecs', 'codecs'),
           ('model', 'model'), ('training', 'training'), ('training.run_sync', 'training.checkpoint'), ('evaluate', 'evaluation'), ('evaluation.page', 'evaluation.fit'), ('evaluation.report', 'evaluation.fit'), ('evaluation.report', 'evaluation.page'), ('evaluation.sweep', 'evaluate'),
+          ('evaluation.sweep', 'evaluation.testset'), ('evaluation.testset', 'evaluation.fad'),
           ('evaluation.worlds', 'evaluate'), ('evaluation.worlds', 'evaluation')}
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from fastcore.script import Param
 
 from ..config import ConfigError, RunConfig, command, device_name, load_config, parse, to_dict
-from ..evaluate import Plan, Player, make_judge, make_plan, mean_ci, plain, play, player_key
-from ..evaluate import resumable, steering
+from ..evaluate import Player, make_judge, play, player_key, steering
+from .testset import Plan, make_plan, plain, resumable
+from ..metrics import mean_ci
 from ..ops.files import locked, output_path, write_text
 from ..pretrained import load_model
 from ..ops.words import bar

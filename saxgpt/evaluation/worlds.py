@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from ..codecs.load import load_codec
 from ..config import command, device_name
 from ..demo import VERSION, compose, render, truth_of
-from ..evaluate import ResultCache, mean_ci, plain, resumable
+from .testset import ResultCache, plain, resumable
+from ..metrics import mean_ci
 from ..ops.files import locked, output_path, save_picture, write_text
 from .fit import fit_scores, partner, transpose
 from ..generate import distance_to_corpus, notice_strange, unless_in_tune
