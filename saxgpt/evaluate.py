@@ -24,8 +24,8 @@ from .codecs.base import check_codec
 from .codecs.load import load_codec
 from .config import RunConfig, command, device_name, load_config
 from .evaluation.fad import FadError, adherence, embed, fad, mismatched_pairs
-from saxgpt.evaluation.fit import (CORRUPTIONS, FIT, corrupt, fit_scores, logits_by_condition, partner,
-    transpose)
+from saxgpt.evaluation.fit import (CORRUPTIONS, FIT, corrupt, fit_scores, logits_by_condition,
+    partner, transpose)
 from .evaluation.report import report, summary
 from .evaluation.testset import (PLAIN, Plan, ResultCache, TestSet, groups, make_plan, plain,
     recorded, recording_files, resumable, truth_at)
