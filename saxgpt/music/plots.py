@@ -35,13 +35,18 @@ def draw_chords(
     "Behind a line of pitches, the notes of every chord in every octave."
     shown = [c for c in chords if c['start'] < until]
     root_color, tone_color = ('#c4c4c4', '#e3e3e3') if estimated else ('#9ecae1', '#d6e6f4')
+    point, edge = until/(65*ax.figure.get_figwidth()), -np.inf   # s on axes of nine tenths of the figure
     for i, c in enumerate(shown if len(shown) <= 10*until else ()):              # ten in a second are no chords
         a, b = c['start'], min(c['end'], until)
         ax.axvspan(a, b, color='#f3f3f3' if i % 2 else '#fafafa', lw=0, zorder=0)
         for m in (m for m in range(lo, hi) if m % 12 in c['tones']):
             root = m % 12 == c['tones'][0]
             ax.fill_between([a, b], m-.5, m+.5, color=root_color if root else tone_color, lw=0, zorder=1)
-        ax.text((a+b)/2, hi + .6, c['name'], ha='center', va='bottom', parse_math=False, fontsize=7, rotation=90 if b-a < until/36 else 0)
+        upright, mid = b-a < until/36, (a+b)/2
+        half = point*(4.5 if upright else 2.4*len(c['name']))
+        if mid - half < edge: continue                                           # over the one before
+        edge = mid + half
+        ax.text(mid, hi + .6, c['name'], ha='center', va='bottom', parse_math=False, fontsize=7, rotation=90*upright)
 
 # %% ../../nbs/12k_plots.ipynb #9f7a1617
 def plot_solo(
