@@ -11,7 +11,7 @@ __all__ = ['PIECES', 'FAR', 'STRANGE_GUIDANCE', 'IN_TUNE', 'SHOWN', 'distance_to
 
 # %% ../nbs/08c_generate_command.ipynb #716e7470
 import math, os, shlex, sys, time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from .takes.redo import bar_ranges, fit_take, redo_solos, suggest_bars
 from .sampling import (DEFAULT_SAMPLING, DEFAULT_SAMPLING_NO_CFG, check_settings,
     resolve_sampling)
 from .takes.changes import Harmony, check_weight, hold_to_changes
-from .ops.words import bar, notify
+from .ops.words import bar, how_to_run, notify
 from .takes.best import keep_best
 
 # %% ../nbs/08c_generate_command.ipynb #5efeb3be
@@ -165,8 +165,8 @@ def steps_bar(
     fmt, t0 = 'playing {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} frames{postfix}', time.time()
     with bar(total=frames, bar_format=fmt, mininterval=.2, disable=not show) as shown:
         def progress(done):
-            speed = done/50/max(time.time() - t0, 1e-3)
-            shown.set_postfix_str(f'{speed:.1f}x real time', refresh=False)
+            speed = f'{done/50/max(time.time() - t0, 1e-3):.1f}x real time'
+            shown.set_postfix_str(speed, refresh=False)
             shown.update(done - shown.n)
         yield progress
 
@@ -192,12 +192,14 @@ def write_plot(
     marks:list=(), # (start, stop), s: stretches to shade
 )->bool: # whether it is written
     "Write the picture of a solo, of a long one the beginning, or say why there is none."
+    seconds = solo.shape[1]/SAMPLE_RATE
     solo, backing = (x[:, :SHOWN*SAMPLE_RATE] for x in (solo, backing))
     def draw(fig):
         known = harmony.truth
         title, form = f'SaxGPT over {printable(name)}', known.get('form', '')
         if form == 'drawn': form = 'changes of its own'
         if form: title += f': {form} in {known.get("key", "")}, {known.get("bpm", 0):.0f} bpm'
+        if seconds > SHOWN: title += f'; first {SHOWN} s of {seconds:.0f} s'
         plot_solo(solo, backing, known.get('chords', ()), title, fig, known.get('tuning', 0.),
                   known.get('estimated', False), marks)
     with without_warnings(): return save_picture(path, draw)   # missing letters, short sounds
@@ -247,7 +249,7 @@ class FileOptions:
     progress:bool = True # show a bar
     keep:int = None # write only so many of the solos, those that fit best; None: all
     report:object = None # called with a table of all solos where the best are kept
-    again:list = None # gets bars that could be played again, see `suggest_bars`
+    again:object = None # called with bars that could be played again, see `suggest_bars`
 
 def without_effect(o:FileOptions, model)->list: # lines about options that older versions needed
     "What was asked for and changes nothing."
@@ -266,14 +268,12 @@ def check_request(out, mix, plot, seed:int, n:int, settings:dict)->tuple:
     if n >= 1 and not 1 <= keep <= n: raise ValueError(
         f'keep must be from 1 to n, which is {n}, not {keep}')
     paths = out_paths(out, mix, plot, min(n, keep))
-    if not 0 <= seed < 2**63 - n:
-        raise ValueError(f'seed must be between 0 and 2**63, not {seed}')
+    if not 0 <= seed < 2**63 - n: raise ValueError(f'seed must be between 0 and 2**63, not {seed}')
     if seconds is not None and not 0 < seconds < math.inf:
         raise ValueError(f'seconds must be above 0, not {seconds:g}')
     if options.tuning is not None and not abs(options.tuning) <= MOST_CENTS: raise ValueError(
         f'tuning is in cents above A = 440 Hz, from -{MOST_CENTS} to {MOST_CENTS}, '
-        f'not {options.tuning:g}; '
-        'A = 442 Hz is 8')
+        f'not {options.tuning:g}; A = 442 Hz is 8')
     if (options.take is None) != (options.redo is None): raise ValueError(
         'take and redo belong together, as in --take solo.wav --redo 9-16')
     if options.redo is not None and options.prompt is not None: raise ValueError(
@@ -315,14 +315,12 @@ def matching_codec(name, about:dict, checkpoint, device):
     return codec
 
 # %% ../nbs/08c_generate_command.ipynb #0c5e7a12
-def resolve_settings(settings:dict, model, about:dict, codec, i:Inputs)->dict:
+def resolve_settings(asked:dict, model, about:dict, codec, i:Inputs)->dict:
     "Settings of the sampler for this model and this backing; a strange one is reported."
-    chosen = settings.get('guidance') is not None
-    settings, backings = resolve_sampling(settings, model.cfg.condition_dropout), about['backings']
+    settings, backings = resolve_sampling(asked, model.cfg.condition_dropout), about['backings']
     if not backings: return settings
-    known = dict(tuning=i.harmony.tuning, folder=i.folder)
-    far = distance_to_corpus(codec, i.sound, backings, **known)
-    settings, line = notice_strange(far, backings, settings, chosen)
+    far = distance_to_corpus(codec, i.sound, backings, tuning=i.harmony.tuning, folder=i.folder)
+    settings, line = notice_strange(far, backings, settings, asked.get('guidance') is not None)
     if line: notify(line)
     return settings
 
@@ -381,9 +379,8 @@ def generate_file(
     paths, notes = place_outputs(paths, (out, mix, plot), files, o)
     settings = resolve_settings(settings, model, about, codec, i)
     steer = hold_to_changes(codec, i.harmony, o.stay_on_changes, settings['temperature'])
-    seeds = [seed + k for k in range(n)]
-    solos = play_inputs(i, model, codec, seeds, o.progress, steer=steer,
-                        **settings)
+    seeds = [*range(seed, seed + n)]
+    solos = play_inputs(i, model, codec, seeds, o.progress, steer=steer, **settings)
     seeds = seeds[:len(solos)]   # fewer, where redoing was interrupted
     if o.keep:
         solos, seeds, table = keep_best(solos, i.sound, lambda: i.harmony.truth, seeds, o.keep)
@@ -391,8 +388,7 @@ def generate_file(
     name = 'the demo backing' if str(backing) == 'demo' else i.path.name
     titles = [f'{name}, seed {s}' for s in seeds]
     written = write_solos(paths, solos, i.sound, i.harmony, titles, notes, i.ranges)
-    if o.again is not None:
-        o.again.append(suggest_bars(i.harmony.bars, i.sound.shape[1]/SAMPLE_RATE))
+    if o.again: o.again(suggest_bars(i.harmony.bars, i.sound.shape[1]/SAMPLE_RATE))
     return written
 
 # %% ../nbs/08c_generate_command.ipynb #562b7ab5
@@ -405,18 +401,12 @@ def print_summary(
     again:str='1-2', # bars of it that there are, and further words of the command
 ): # prints
     "Where the solos are and how to go on."
-    for row in paths:
-        for what, p in zip(('solo', 'mix', 'picture'), row):
-            if p: print(f'{what:8} {p}')
-    for p in notes:
-        if p.is_file(): print(f'{"score" if p.suffix == ".musicxml" else "notes":8} {p}')
+    files = [pair for row in paths for pair in zip(('solo', 'mix', 'picture'), row) if pair[1]]
+    files += [('score' if p.suffix == '.musicxml' else 'notes', p) for p in notes if p.is_file()]
+    for what, p in files: print(f'{what:8} {p}')
     print(f'Done in {took:.0f} s. Other solos: --seed {seed}, several at once: --n 3, '
           'more weight on the backing: --guidance 3.')
-    here = 'saxgpt generate'
-    with suppress(OSError, ValueError, TypeError):   # no current folder, another drive, no program
-        program = os.path.relpath(sys.executable)
-        if Path(sys.executable).is_relative_to(Path.cwd()): here = f'{program} -m saxgpt.generate'
-    solo, quote = paths[0][0], lambda p: shlex.quote(str(p))
+    here, solo, quote = how_to_run('generate'), paths[0][0], lambda p: shlex.quote(str(p))
     print(f'Some bars of it again:  {here} {quote(backing)} --take {quote(solo)} --redo {again} '
           f'-o {quote(solo.with_stem(solo.stem + "-again"))}')
     print(f'Over your own recording, any format:  {here} my-track.mp3 -o out/my-solo.wav')
@@ -435,8 +425,7 @@ _flags = dict(
         f'{DEFAULT_SAMPLING["temperature"]:g} when absent, '
         f'{DEFAULT_SAMPLING_NO_CFG["temperature"]:g} without guidance', parse_numbers),
     top_k=Param('codes to choose from, one number or four; 0: all', parse_numbers),
-    top_p=Param('share of the probability to choose from, one number or four; 0: all',
-                parse_numbers),
+    top_p=Param('share of probability to choose from, one number or four; 0: all', parse_numbers),
     guidance=Param(f'weight of the backing, 1: as learnt; {DEFAULT_SAMPLING["guidance"]:g} '
                    'when absent, 1 for a model without condition dropout', float))
 
@@ -471,13 +460,12 @@ def main(
 ):
     "Play a saxophone solo over a backing track."
     t0, again = time.time(), []
-    play = dict(temperature=temperature, guidance=guidance, density=density, again=again)
+    play = dict(temperature=temperature, guidance=guidance, density=density)
     paths = generate_file(backing, output, mix, plot, checkpoint, seed, n, seconds=seconds,
         keep=keep, report=print, codec=codec, prompt=prompt, take=take, redo=redo, tuning=tuning,
-        light=light, compiled=compile, top_k=top_k, top_p=top_p, score=score,
+        light=light, compiled=compile, top_k=top_k, top_p=top_p, score=score, again=again.append,
         instrument=instrument, chart=chart, stay_on_changes=stay_on_changes, **play)
-    written = out_paths(output, mix, plot, len(paths))
-    notes = [p for row in written for p in notes_paths(row[0], score)]
+    notes = [p for r in out_paths(output, mix, plot, len(paths)) for p in notes_paths(r[0], score)]
     heard = dict(seconds=seconds, chart=chart, tuning=tuning, codec=codec,
                  checkpoint=None if checkpoint == 'bundled' else checkpoint)
     more = [f' --{k} {shlex.quote(str(v))}' for k, v in heard.items() if v is not None]
