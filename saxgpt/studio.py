@@ -46,6 +46,8 @@ class Deck(anywidget.AnyWidget):
         self.send(dict(kind=kind, **about), list(buffers))
 
 # %% ../nbs/08b_studio.ipynb #970fe719
+def _wide(em): return widgets.Layout(width=f'{em}em')
+
 def _button(text, tip, click, **how):
     b = widgets.Button(description=text, tooltip=tip, layout=widgets.Layout(width='auto'), **how)
     b.on_click(lambda _: click())
@@ -53,13 +55,12 @@ def _button(text, tip, click, **how):
 
 def _row(*children, kind=''):
     box = widgets.Box(children)
-    box.add_class('saxgpt-row')
-    if kind: box.add_class(kind)
+    for name in ('saxgpt-row', *kind.split()): box.add_class(name)
     return box
 
 def _slider(text, lo, hi, value):
     return widgets.FloatSlider(value, min=lo, max=hi, step=.05, description=text,
-        style=dict(description_width='10.5em'), layout=widgets.Layout(width='25em'))
+        style=dict(description_width='10.5em'), layout=_wide(25))
 
 # %% ../nbs/08b_studio.ipynb #5e55b00f
 class Knobs:
@@ -70,7 +71,7 @@ class Knobs:
         self.temperature = _slider('how bold', .1, 1.2, KNOBS['temperature'])
         self.changes = _slider('stays on chords', 0, MOST_WEIGHT, KNOBS['changes'])
         self.seed = widgets.BoundedIntText(1, min=0, max=2**53, description='solo number',
-            style=dict(description_width='initial'), layout=widgets.Layout(width='13em'))
+            style=dict(description_width='initial'), layout=_wide(13))
 
     @property
     def settings(self)->dict: return {k: getattr(self, k).value for k in KNOBS}
@@ -85,12 +86,10 @@ class TakeRow:
     def __init__(self, studio, take:Take):
         self.id, self.scores = take.id, widgets.HTML()
         self.scores.add_class('saxgpt-scores')
-        self.name = widgets.Text(take.name, layout=widgets.Layout(width='12em'),
-                                 continuous_update=False)
+        self.name = widgets.Text(take.name, layout=_wide(12), continuous_update=False)
         self.name.observe(lambda change: studio.rename(self.id, change['new']), 'value')
         self.box = _row(
-            _button('Hear', f'Hear {take.name}',
-                    lambda: studio.deck.tell('hear', id=self.id)),
+            _button('Hear', f'Hear {take.name}', lambda: studio.deck.tell('hear', id=self.id)),
             self.name, self.scores,
             _button('Keep', f'Write the files of {take.name}', lambda: studio.keep(self.id)),
             _button('Throw away', f'Throw {take.name} away', lambda: studio.drop(self.id)),
@@ -99,44 +98,34 @@ class TakeRow:
     def mark(self, now:bool): # whether it is the one that is heard
         (self.box.add_class if now else self.box.remove_class)('saxgpt-now')
 
-# %% ../nbs/08b_studio.ipynb #5e590002
-def _chart_row(lay, layout): # the field, and its row with a button
-    chart = widgets.Textarea(placeholder='Dm7 G7 | Cmaj7 | ...', rows=1, layout=layout,
-                             description='its chords')
-    return chart, _row(chart, _button('Lay on', 'Lay these chords onto the backing that is open; '
-                                      'nothing typed: take them away', lay))
-
 # %% ../nbs/08b_studio.ipynb #582df109
 class Source:
     "Where a backing comes from."
     def __init__(self, studio):
-        wide, narrow = (widgets.Layout(width=w) for w in ('22em', '14em'))
+        wide, narrow, hint = dict(layout=_wide(22)), dict(layout=_wide(14)), 'Dm7 G7 | Cmaj7 | ...'
         kinds = [('the demo', 'demo'), ('a file', 'file'), ('a chart', 'chart')]
-        self.kind = widgets.Dropdown(options=kinds, description='backing',
-                                     layout=widgets.Layout(width='17em'))
-        self.path = widgets.Text(placeholder='path of an audio file', layout=wide)
+        self.kind = widgets.Dropdown(options=kinds, description='backing', layout=_wide(17))
+        self.path = widgets.Text(placeholder='path of an audio file', **wide)
         self.seconds = widgets.BoundedFloatText(0, min=0, max=3600, description='at most s',
-            tooltip='0: all of it', layout=widgets.Layout(width='14em'))
-        self.text = widgets.Textarea(placeholder='Dm7 G7 | Cmaj7 | ...', rows=3, layout=wide)
-        self.feel = widgets.Dropdown(options=['usual', *FEELS], description='feel', layout=narrow)
-        self.bpm = widgets.BoundedIntText(0, min=0, max=400, description='bpm', layout=narrow,
+            tooltip='0: all of it', **narrow)
+        self.text = widgets.Textarea(placeholder=hint, rows=3, **wide)
+        self.feel = widgets.Dropdown(options=['usual', *FEELS], description='feel', **narrow)
+        self.bpm = widgets.BoundedIntText(0, min=0, max=400, description='bpm', **narrow,
                                           tooltip='0: as usual for the feel')
-        self.choruses = widgets.BoundedIntText(2, min=1, max=99, description='choruses',
-                                               layout=narrow)
+        self.choruses = widgets.BoundedIntText(2, min=1, max=99, description='choruses', **narrow)
         self.stack = widgets.Stack([widgets.HTML('which comes along'), self.path,
             _row(self.text, self.feel, self.bpm, self.choruses)], selected_index=0)
-        self.kind.observe(self.turn, 'index')
+        traitlets.dlink((self.kind, 'index'), (self.stack, 'selected_index'))
         self.row = _row(self.kind, self.stack, self.seconds,
                         _button('Open', 'Put this backing on the desk', studio.choose))
-        self.chart, self.changes = _chart_row(studio.lay, wide)
-
-    def turn(self, change): self.stack.selected_index = change['new']
+        self.chart = widgets.Textarea(placeholder=hint, rows=1, description='its chords', **wide)
+        self.changes = _row(self.chart, _button('Lay on', 'Lay these chords onto the backing that '
+            'is open; nothing typed: take them away', studio.lay))
 
 # %% ../nbs/08b_studio.ipynb #5e55c002
 @patch(as_prop=True)
 def given(self:Source)->str: # what is to be opened; '' for nothing
-    typed = dict(demo='demo', file=self.path.value, chart=self.text.value)
-    return typed[self.kind.value].strip()
+    return dict(demo='demo', file=self.path.value, chart=self.text.value)[self.kind.value].strip()
 
 @patch(as_prop=True)
 def how(self:Source)->dict: # keywords of `make_backing`
@@ -145,8 +134,7 @@ def how(self:Source)->dict: # keywords of `make_backing`
 
 @patch
 def show(self:Source, path): # a path, or 'demo'
-    self.kind.value = 'demo' if str(path) == 'demo' else 'file'
-    if self.kind.value == 'file': self.path.value = str(path)
+    if str(path) != 'demo': self.kind.value, self.path.value = 'file', str(path)
 
 # %% ../nbs/08b_studio.ipynb #befc05ed
 class Studio(widgets.VBox):
@@ -169,30 +157,34 @@ class Studio(widgets.VBox):
         self.source.show(backing)
         self.choose()
 
+    def say(self, text='', bad=False):
+        "A sentence below the picture."
+        self.deck.bad, self.deck.message = bad, text
+
+    def mark(self):
+        "Show in the list which take is heard."
+        for id, row in self.rows.items(): row.mark(id == self.deck.current)
+
 # %% ../nbs/08b_studio.ipynb #fbe16b30
 @patch
 def controls(self:Studio, folder:str):
     "The buttons and fields that are not of a row of their own."
-    self.go = _button('Play a solo', 'Play the solo with this number', self.play,
-                      button_style='primary')
-    self.more = _button('Another', 'Play the solo with the next number', self.another)
+    self.go = _button('Play a solo', 'Play this solo number', self.play, button_style='primary')
+    self.more = _button('Another', 'Play the next solo number', self.another)
     self.several = _button(f'Best of {CANDIDATES}', f'Play {CANDIDATES} solos at once, from this '
         'number on, and keep the one that fits best', self.choose_best)
     self.halt = _button('Stop', 'Stop playing; what there is remains', self.stop, disabled=True)
-    self.again = _button('Redo bars', 'Play the marked bars of the take that is heard again',
-                         self.redo)
+    self.again = _button('Redo bars', 'Play the marked bars of this take again', self.redo)
     self.bars = widgets.IntRangeSlider(value=(1, 1), min=1, max=1, description='bars',
-                                       layout=widgets.Layout(width='20em'))
+                                       layout=_wide(20))
     self.link, self.chosen_bars = widgets.jslink((self.bars, 'value'), (self.deck, 'range')), (1, 1)
     self.bars.observe(self.note_bars, 'value')
     self.deck.observe(self.note_bars, 'range')
     self.buttons = _row(self.go, self.more, self.several, self.halt, self.knobs.seed, self.bars,
                         self.again)
-    self.folder = widgets.Text(folder, description='keep in', layout=widgets.Layout(width='18em'))
-    self.what = widgets.Dropdown(options=list(KINDS), description='download',
-                                 layout=widgets.Layout(width='16em'))
-    self.reader = widgets.Dropdown(options=list(READS), description='written for',
-                                   layout=widgets.Layout(width='16em'))
+    self.folder = widgets.Text(folder, description='keep in', layout=_wide(18))
+    self.what = widgets.Dropdown(options=list(KINDS), description='download', layout=_wide(16))
+    self.reader = widgets.Dropdown(options=list(READS), description='written for', layout=_wide(16))
     self.exits = _row(self.folder, self.what, self.reader,
                       _button('Download', 'Download from the take that is heard', self.download))
 
@@ -203,27 +195,16 @@ def told(self:Studio, kind, buffers=(), **about):
     if kind == 'take' and about['id'] not in self.rows:
         self.rows[about['id']] = TakeRow(self, self.session.takes[about['id']])
     self.rows = {id: row for id, row in self.rows.items() if id in self.session.takes}
-    boxes = tuple(row.box for row in self.rows.values())
-    if boxes != self.list.children: self.list.children = boxes
+    self.list.children = tuple(row.box for row in self.rows.values())
     if self.there: self.deck.tell(kind, buffers, **about)
 
 # %% ../nbs/08b_studio.ipynb #2a8742f7
-@patch
-def say(self:Studio, text='', bad=False):
-    "A sentence below the picture."
-    self.deck.bad, self.deck.message = bad, text
-
 @patch
 def failed(self:Studio, e:Exception):
     "What went wrong, in a sentence."
     text = str(e).replace(f'{self.session.temp.name}{os.sep}', '')
     if not isinstance(e, (ValueError, OSError)): text = f'{type(e).__name__}: {text}'
     self.say(text, bad=True)
-
-@patch
-def mark(self:Studio):
-    "Show in the list which take is heard."
-    for id, row in self.rows.items(): row.mark(id == self.deck.current)
 
 @patch
 def heard(self:Studio)->Take:
@@ -252,9 +233,8 @@ def opened(self:Studio, how, what:str, settings:dict):
     settings, line = how(what, **settings)
     for k, v in settings.items(): getattr(self.knobs, k).value = v
     b = self.session.backing
-    about = [f'{b.x.shape[1]/SAMPLE_RATE:.0f} s']
-    if b.bars: about.append(f'{len(b.bars)} bars')
-    self.say(f'{b.name}: {", ".join(about)}. {line and line + "."}')
+    bars = f', {len(b.bars)} bars'*bool(b.bars)
+    self.say(f'{b.name}: {b.x.shape[1]/SAMPLE_RATE:.0f} s{bars}. {line and line + "."}')
     self.source.chart.value = ''
     self.count_bars()
     self.helper.do(self.guess)
@@ -284,8 +264,7 @@ def laid(self:Studio, text:str):
     self.count_bars()
     for take in list(self.session.takes.values()):
         if take.exact: self.show_scores(take)
-    said = f'chart: {"; ".join(said)}' if said else 'The typed chords are taken away.'
-    self.say(said)
+    self.say(f'chart: {"; ".join(said)}' if said else 'The typed chords are taken away.')
 
 # %% ../nbs/08b_studio.ipynb #8ce3b8d5
 @patch
@@ -340,6 +319,18 @@ def show_scores(self:Studio, take:Take):
 
 # %% ../nbs/08b_studio.ipynb #5e570004
 @patch
+def made(self:Studio, turn:int, what:str, make, *args, **how): # what `make` gives; None if stopped
+    "Make a take in one piece, and say how far it is, in the thread that plays."
+    def progress(share):
+        self.say(f'{what}: {share:.0%}')
+        if turn != self.turn: self.session.stop()
+    self.say(f'{what} ...')
+    self.halt.disabled = False
+    try: return make(*args, progress=progress, **how)
+    except Stopped: self.say('Stopped; nothing is changed.')
+    finally: self.halt.disabled = True
+
+@patch
 def choose_best(self:Studio):
     "Play several takes and keep one."
     self.player.do(self.chosen, self.interrupt(), int(self.knobs.seed.value), self.knobs.settings)
@@ -348,15 +339,9 @@ def choose_best(self:Studio):
 def chosen(self:Studio, turn:int, seed:int, settings:dict):
     "Play several takes and keep one, in the thread that plays."
     if turn != self.turn: return
-    what = f'Playing {CANDIDATES} solos at once'
-    def progress(share):
-        self.say(f'{what}: {share:.0%}; the best of them is heard when all are ranked')
-        if turn != self.turn: self.session.stop()
-    self.say(f'{what} ...')
-    self.halt.disabled = False
-    try: take, rows = self.session.best(seed, progress=progress, **settings)
-    except Stopped: return self.say('Stopped; nothing is changed.')
-    finally: self.halt.disabled = True
+    what = f'Playing {CANDIDATES} solos at once, of which the best will be heard'
+    if (best := self.made(turn, what, self.session.best, seed, **settings)) is None: return
+    take, rows = best
     self.knobs.seed.value = seed + CANDIDATES - 1
     self.say(f'{take.name}: {ranking_words(rows)}')
     self.helper.do(self.judged, take)
@@ -380,15 +365,9 @@ def redo(self:Studio):
 def redone(self:Studio, turn:int, id:str, bars:tuple, seed:int, settings:dict):
     "Play bars again, in the thread that plays."
     if turn != self.turn: return
-    take, what = self.heard(), f'bars {bars[0]} to {bars[1]}'
-    def progress(share):
-        self.say(f'Playing {what} again: {share:.0%}')
-        if turn != self.turn: self.session.stop()
-    self.say(f'Playing {what} again ...')
-    self.halt.disabled = False
-    try: new = self.session.replay(take, bars, seed, progress, **settings)
-    except Stopped: return self.say('Stopped; nothing is changed.')
-    finally: self.halt.disabled = True
+    take, what = self.heard(), f'Playing bars {bars[0]} to {bars[1]} again'
+    new = self.made(turn, what, self.session.replay, take, bars, seed, **settings)
+    if new is None: return
     self.knobs.seed.value += 1
     self.say(f'{new.name}: as {take.name}, but for these bars')
     self.helper.do(self.judged, new)
@@ -500,17 +479,15 @@ def studio_notebook(
             write_text(path, json.dumps(nb, indent=1) + '\n')
             return path
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            cells = read_json(path)['cells']
-            if [''.join(c['source']) for c in cells] == [code]: return path
+            if [''.join(c['source']) for c in read_json(path)['cells']] == [code]: return path
 
 # %% ../nbs/08b_studio.ipynb #2c2322c7
 def _arguments(path, port, browser): # of JupyterLab
-    root = hasattr(os, 'geteuid') and os.geteuid() == 0
     return ['-m', 'jupyterlab', f'--ServerApp.root_dir={path.parent.absolute()}',
             '--ServerApp.ip=127.0.0.1', '--LabApp.extension_manager=readonly',
             f'--LabApp.default_url=/doc/tree/{quote(path.name)}',
             *[f'--ServerApp.port={port}']*(port is not None), *['--no-browser']*(not browser),
-            *['--allow-root']*root]
+            *['--allow-root']*(hasattr(os, 'geteuid') and os.geteuid() == 0)]
 
 # %% ../nbs/08b_studio.ipynb #5e55b015
 @command

@@ -36,6 +36,7 @@ layers = [
     {'train', 'generation'},
     {'takes'},
     {'generate'},
+    {'takes.desk'},
     {'takes.session'},
     {'evaluation', 'evaluate', 'evaluation.sweep', 'evaluation.worlds'},
     {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
