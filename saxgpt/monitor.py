@@ -42,9 +42,7 @@ def value(
 # %% ../nbs/07e_monitor.ipynb #0da56ea5
 class Curves:
     "Lines of one split as columns of numbers."
-    def __init__(self,
-        lines=(), # objects of the log
-    ):
+    def __init__(self, lines=()): # objects of the log
         self.lines, self.columns = lines, {}
         each = (line.get('codebooks') for line in lines)
         self.codebooks = max((len(e) for e in each if isinstance(e, list)), default=0)
@@ -257,12 +255,8 @@ def thin(
     y = np.where(np.isfinite(y), y, np.nan)
     if n < 2: return x, y, y, y
     x, y = (np.append(a, np.full(-len(a)%n, np.nan)).reshape(-1, n) for a in (x, y))
-    there = np.isfinite(y)
-    count = there.sum(1)
-    total = np.where(there, y, 0).sum(1)
-    mean = np.divide(total, count, out=np.full(len(y), np.nan), where=count > 0)
-    low, high = np.where(there, y, np.inf).min(1), np.where(there, y, -np.inf).max(1)
-    return np.nanmean(x, 1), mean, np.where(count, low, np.nan), np.where(count, high, np.nan)
+    y = np.ma.masked_invalid(y)
+    return np.nanmean(x, 1), *(f(1).filled(np.nan) for f in (y.mean, y.min, y.max))
 
 # %% ../nbs/07e_monitor.ipynb #125ce6a8
 def curve(
@@ -316,8 +310,7 @@ def plot_panel(
     y = scale*run.train[name]
     y = y[np.isfinite(y)]
     curve(ax, run.train, name, scale, lw=.9, **style)
-    wide = name == 'grad_norm' and y.min() > 0 and y.max() > 20*y.min()
-    if wide: ax.set_yscale('log')
+    if name == 'grad_norm' and y.min() > 0 and y.max() > 20*y.min(): ax.set_yscale('log')
     else: ax.set_ylim(0, max(least, 1.15*y.max()))
     ax.yaxis.set_major_formatter('{x:g}')
     ax.yaxis.set_minor_formatter('')
