@@ -31,14 +31,9 @@ from .throughput import (compile_gain, has_bf16, keep_freed_memory, memory_gb,
 from ..ops.words import SafeStderr, bar
 
 # %% ../../nbs/07d_run.ipynb #10327090
-def check_data(
-    cfg:RunConfig,
-    train:CodesDataset,
-    val:CodesDataset=None,
-):
+def check_data(cfg:RunConfig, train:CodesDataset, val:CodesDataset=None):
     "Say in one line what does not fit together."
-    if not len(train):
-        raise TrainingError(f'{train.path}: holds no windows; there is nothing to train on')
+    if not len(train): raise TrainingError(f'{train.path}: holds no windows to train on')
     made = '{codec_name} ({codec_hash})'.format
     if val is not None and val.fingerprint != train.fingerprint: raise TrainingError(
         f'{val.path}: made by codec {made(**val.fingerprint)}, but '
@@ -72,8 +67,7 @@ def open_data(
     kw = dict(seed=t.seed, rank=world.rank, world_size=world.size,
               pin_memory=world.device.type == 'cuda')
     val_loader = None
-    if val is not None and len(val):
-        val_loader = make_loader(val, t.batch_size, shuffle=t.val_batches is not None, **kw)
+    if val: val_loader = make_loader(val, t.batch_size, shuffle=t.val_batches is not None, **kw)
     return make_loader(train, t.batch_size, num_workers=t.num_workers, **kw), val_loader
 
 def window_steps(cfg:RunConfig)->int:
@@ -189,8 +183,7 @@ def write_train(self:MetricsLog):
     self.write('train', loss=self.loss, codebooks=each, lr=t.optimizer.param_groups[0]['lr'],
                grad_norm=norm/n if n else None, **self.rates())
     self.sums.zero_()
-    self.steps = self.skipped = self.frames = 0
-    self.waited = 0.
+    self.steps = self.skipped = self.frames = self.waited = 0
     self.clock.new_lap()
 
 @patch
@@ -248,9 +241,8 @@ def abort(self:Guard, step:int, epoch:int, position:int, what:str):
         kept = f'the windows and the weights of that step are in {kept}; look at them, '
     except OSError as e: kept = f'they could not be saved ({reason(e)}); '
     raise TrainingError(
-        f'step {step}: {what}; {kept}lower training.optimizer.lr '
-        'or set training.precision to bf16 or fp32, '
-        f'and run again: it goes on from the last checkpoint in {self.sync.here}')
+        f'step {step}: {what}; {kept}lower training.optimizer.lr or set training.precision '
+        f'to bf16 or fp32, and run again: it goes on from the last checkpoint in {self.sync.here}')
 
 # %% ../../nbs/07d_run.ipynb #355c86b1
 @patch
@@ -279,9 +271,7 @@ def dump_batch(self:Guard,
 
 # %% ../../nbs/07d_run.ipynb #15f1f2dc
 @contextmanager
-def stop_signals(
-    note, # called with the signal's number
-):
+def stop_signals(note): # called with the signal's number
     "Call `note` at the first SIGINT or SIGTERM; one that comes a second later acts as before."
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -352,8 +342,8 @@ def report(self:TrainingRun, losses:torch.Tensor):
     t, each, best = self.trainer, losses.tolist(), ' best'*(self.trainer.worse == 0)
     if not math.isfinite(t.val): raise TrainingError(
         f'step {t.step}: the validation loss is not a number, and nothing is saved; '
-        'lower training.optimizer.lr, '
-        f'and run again: it goes on from the last checkpoint in {self.sync.here}')
+        'lower training.optimizer.lr, and run again: '
+        f'it goes on from the last checkpoint in {self.sync.here}')
     self.log.write('val', loss=t.val, codebooks=each)
     shown = ' '.join(f'{x:.3f}' for x in each)
     self.notify(f'step {t.step}, epoch {t.epoch:.2f}: validation {t.val:.4f} ({shown}){best}')
@@ -374,9 +364,7 @@ def after_validation(self:TrainingRun, losses:torch.Tensor):
 
 # %% ../../nbs/07d_run.ipynb #f75c98e3
 @patch
-def log_start(self:TrainingRun,
-    event:str, # 'start' or 'resume'
-):
+def log_start(self:TrainingRun, event:str): # 'start' or 'resume'
     "Say what is going to happen, and log it."
     t, d, w, kind = self.trainer, self.trainer.loader.dataset, self.world, self.world.device.type
     n = sum(p.numel() for p in t.model.parameters())
@@ -386,19 +374,16 @@ def log_start(self:TrainingRun,
     if kind == 'cpu' and t.half and not has_bf16(): self.notify(
         'this processor only emulates bf16, which takes several times as long as fp32: '
         'training.precision=fp32 is faster')
-    plateau = '; the learning rate of a plateau schedule does not fall'
-    if self.cfg.training.scheduler.type != 'plateau': plateau = ''
-    if t.val_loader is None: self.notify(
-        'no validation set, or an empty one: nothing is validated '
-        'and there is no checkpoint `best`; use `last`' + plateau)
+    plateau = self.cfg.training.scheduler.type == 'plateau'
+    if t.val_loader is None: self.notify('no validation set, or an empty one: nothing is validated '
+        'and there is no checkpoint `best`; use `last`'
+        + '; the learning rate of a plateau schedule does not fall'*plateau)
     self.log.write('run', event=event, total_steps=t.total, processes=w.size, device=kind,
                    parameters=n)
 
 # %% ../../nbs/07d_run.ipynb #ece1b37f
 @patch
-def compile(self:TrainingRun,
-    compiler=torch.compile, # net -> net
-):
+def compile(self:TrainingRun, compiler=torch.compile): # net -> net
     "Compile the model if the config asks for it and it helps; a run keeps to what it began with."
     if not self.cfg.training.compile: return
     t, d, first = self.trainer, self.trainer.loader.dataset, self.state.compiled is None
@@ -502,6 +487,5 @@ def train(
         except RuntimeError as e:
             if 'DataLoader worker' not in str(e): raise
             raise TrainingError(
-                'a loader process was killed, most likely for want of memory; '
-                'lower training.num_workers; '
-                'the same command goes on from the last checkpoint') from None
+                'a loader process was killed, most likely for want of memory; lower '
+                'training.num_workers; the same command goes on from the last checkpoint') from None
