@@ -339,7 +339,7 @@ def choose_best(self:Studio):
 def chosen(self:Studio, turn:int, seed:int, settings:dict):
     "Play several takes and keep one, in the thread that plays."
     if turn != self.turn: return
-    what = f'Playing {CANDIDATES} solos at once, of which the best will be heard'
+    what = f'Playing {CANDIDATES} solos to hear the best, all at once'
     if (best := self.made(turn, what, self.session.best, seed, **settings)) is None: return
     take, rows = best
     self.knobs.seed.value = seed + CANDIDATES - 1
