@@ -69,15 +69,17 @@ def plot_solo(
     fig.set_layout_engine('constrained')
     axs = fig.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1])
     draw_chords(axs[0], chords, lo, hi, until, estimated)
+    tall = [4.5*len(t.get_text()) if t.get_rotation() else 12 for t in axs[0].texts]
+    pad = 10 + max(tall, default=-2)                            # titles stand above the names
     for a, b in marks: axs[0].axvspan(a, min(b, until), color='#fdd49e', alpha=.6, lw=0, zorder=.5)
-    if estimated and chords: axs[0].set_title('chords estimated', loc='right', fontsize=8, style='italic', pad=22)
+    if estimated and chords: axs[0].set_title('chords estimated', loc='right', fontsize=8, style='italic', pad=pad)
     line = np.where(np.abs(np.diff(midi, prepend=np.nan)) > .8, np.nan, midi)  # a new note is a new stroke
     axs[0].plot(times, line, color='#b8430f', lw=2.5, solid_capstyle='round', zorder=3)
     octaves = [m for m in range(lo, hi+1) if m % 12 in (0, 5, 7)]
     axs[0].set(ylim=(lo-.5, hi+.5), xlim=(0, until), ylabel='pitch', yticks=octaves,
                yticklabels=[f'{NAMES[m % 12]}{m//12 - 1}' for m in octaves])
     if chords and len(heard): title += f' ({chord_tone_share(times, midi, chords):.0%} of it on {"estimated chords" if estimated else "chord tones"})'
-    axs[0].set_title(title, loc='left', pad=22 if chords else 8, parse_math=False)
+    axs[0].set_title(title, loc='left', pad=pad, parse_math=False)
     for ax, x, name in zip(axs[1:], (solo, backing), ('solo', 'backing')):
         plot_spectrogram(x, ax=ax, fmax=6000)
         ax.set(ylabel=f'{name}, Hz')
