@@ -125,7 +125,7 @@ def nothing_new(cfg:DataConfig, separator=None)->bool: # None: there is no note
     try: old = read_json(Path(cfg.data_paths.datasets_dir)/'tidied.json')
     except (OSError, ValueError): return None
     new = _note(cfg, separator)
-    return isinstance(old, dict) and {**old, 'kept': 0} == {**new, 'kept': 0} and not any(v and not old['kept'].get(k) for k,v in new['kept'].items())
+    return {**old, 'kept': 0} == {**new, 'kept': 0} and not any(v and not old['kept'].get(k) for k,v in new['kept'].items())
 
 SAME = 'nothing has changed since the datasets were made and the intermediates removed'
 OTHER = 'recordings or settings have changed since the intermediates were removed; what is needed of them is made again'

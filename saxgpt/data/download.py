@@ -153,8 +153,7 @@ class Archive:
     def __init__(self, path): # of a file of JSON lines
         self.path, self.by_key, self.by_address = Path(path), {}, {}
         for line in read_jsonl(path):
-            id = str(line.get('id')) if isinstance(line, dict) else ''
-            if re.fullmatch('[0-9a-f]{16}', id): self._learn(line)
+            if re.fullmatch('[0-9a-f]{16}', str(line.get('id'))): self._learn(line)
 
     def _learn(self, line):
         for k in line['keys']: self.by_key[k] = line
@@ -440,7 +439,7 @@ def run(
         found, failed = found+online, failed | refused
     if not found and not failed and not silent:
         raise ConfigError(f'source: no audio files in {cfg.source or ", ".join(urls)}')
-    before = {str(e.get('id')) for e in read_jsonl(out/'manifest.jsonl') if isinstance(e, dict)}
+    before = {str(e.get('id')) for e in read_jsonl(out/'manifest.jsonl')}
     entries, same = unique_recordings(found, before)
     write_jsonl(out/'manifest.jsonl', entries.values())
     hours = {i: e['duration_s']/3600 for i,e in entries.items()}

@@ -48,7 +48,7 @@ def runs(
 def frame_sizes(
     s:SegmentConfig,
     sr:int, # Hz
-)->tuple: # samples: frame, stride
+)->list: # samples: frame, stride
     "Frame length and stride in samples, at least one each."
     return [max(1, round(x*sr)) for x in (s.rms_frame_length_seconds, s.rms_stride_seconds)]
 

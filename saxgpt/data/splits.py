@@ -15,8 +15,8 @@ import numpy as np
 from .. import __version__
 from ..config import DataConfig
 from .dataset import _BROKEN, CodesDataset, DatasetError, map_tensors
-from ..ops.files import (atomic_path, content_hash, file_hash, is_name, printable, read_jsonl,
-                          read_manifest, reason)
+from ..ops.files import (atomic_path, content_hash, file_hash, is_name, printable, read_json, read_jsonl,
+                          read_manifest, reason, write_text)
 from ..ops.parallel import map_parallel
 
 # %% ../../nbs/05b_splits.ipynb #d0d2b15b
@@ -171,8 +171,7 @@ def _bleed(infos): # lines of the stems' manifest
                 worst=[dict(recording=r, bleed_db=b) for b,r in known[::-1][:5]])
 
 # %% ../../nbs/05b_splits.ipynb #c832e384
-def _lines(folder):
-    return [e for e in read_jsonl(Path(folder)/'manifest.jsonl') if isinstance(e, dict)]
+def _lines(folder): return read_jsonl(Path(folder)/'manifest.jsonl')
 
 def _source(entry): # line of the download's manifest -> what a datasheet says of it
     about = {k: entry[k] for k in ('title', 'uploader') if entry.get(k)}
@@ -275,8 +274,7 @@ def is_done(
 
 def _hashes(sheet): # of the dataset files, as a datasheet has them
     try:
-        splits = json.loads(sheet.read_text(encoding='utf-8'))['splits']
-        return {k: s['sha256'] for k,s in splits.items()}
+        return {k: s['sha256'] for k,s in read_json(sheet)['splits'].items()}
     except (OSError, *_BROKEN): return {}
 
 # %% ../../nbs/05b_splits.ipynb #b15ec7e0
@@ -300,10 +298,6 @@ def _assign(clips, fractions):
     return parts, held
 
 # %% ../../nbs/05b_splits.ipynb #1b882c0d
-def _replace(path, text):
-    if path.is_file() and path.read_text(encoding='utf-8') == text: return
-    with atomic_path(path) as p: p.write_text(text, encoding='utf-8')
-
 def _hours(clips, frame_rate): return sum(c['length'] for c in clips)/frame_rate/3600
 
 def _write(out, cfg, parts, first): # {split: file}, clips of the files that had to be made
@@ -348,8 +342,8 @@ def run(
     paths, made = _write(out, cfg, parts, clips[0])
     left_out = {k: n for k,n in (('damaged', len(failed)), (COPIES, held)) if n}
     d = datasheet(cfg, paths, left_out)
-    _replace(out/'datasheet.json', json.dumps(d, indent=1) + '\n')
-    _replace(out/'datasheet.md', as_markdown(d))
+    write_text(out/'datasheet.json', json.dumps(d, indent=1) + '\n')
+    write_text(out/'datasheet.md', as_markdown(d))
     about = {k: _note(k, x, parts[k], cfg.train_test_split) for k,x in d['splits'].items()}
     if not parts['train']: failed['train'] = about['train'].partition(': ')[2]
     rate, used = d['codec']['frame_rate'], sum(parts.values(), [])
