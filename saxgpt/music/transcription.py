@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PITCHED', 'LATENCY', 'LOW', 'HOP', 'ESTIMATED', 'LABELS', 'MOST_CENTS', 'MADE_BY', 'MAX_TRUTH', 'pitch_track',
            'merge_close', 'onsets_of', 'active_frames', 'describe_solo', 'spectral_peaks', 'tuning_of', 'onset_curve',
-           'beats_of_backing', 'swing_of', 'semitones', 'fold', 'half_bars', 'chord_templates', 'likeliest',
-           'chords_along', 'read_chords', 'chords_of_backing', 'crop_truth', 'describe_backing', 'read_truth',
-           'read_made', 'truth_beside']
+           'beat_divisor', 'beats_of_backing', 'swing_of', 'semitones', 'fold', 'half_bars', 'chord_templates',
+           'likeliest', 'chords_along', 'read_chords', 'chords_of_backing', 'crop_truth', 'describe_backing',
+           'read_truth', 'read_made', 'truth_beside']
 
 # %% ../../nbs/12j_transcription.ipynb #52817b97
 import os
@@ -127,24 +127,46 @@ LATENCY = .018 # s by which the onset curve lags
 
 def onset_curve(
     x:np.ndarray, # backing (1,N), 32 kHz
+    bass:bool=False, # whether only what lies below 250 Hz counts
 )->tuple: # times (T,), strength (T,)
     "How strongly something begins, every 20 ms."
     y = resample(x, SAMPLE_RATE, 16_000)[0]
     y = np.pad(y, (0, max(0, 1024 - len(y))))
-    e = librosa.onset.onset_strength(y=y, sr=16_000, hop_length=320, n_fft=1024, n_mels=64,
-                                     aggregate=np.median)
+    bands, aggregate = (slice(0, 6), np.mean) if bass else (slice(0, 64), np.median)
+    e = librosa.onset.onset_strength_multi(y=y, sr=16_000, hop_length=320, n_fft=1024, n_mels=64,
+                                           aggregate=aggregate, channels=[bands])[0]
     return np.arange(len(e))*.02 - LATENCY, e
+
+# %% ../../nbs/12j_transcription.ipynb #7e3b0002
+def beat_divisor(
+    curves, # onset curves (T,), of all and of the bass, every 20 ms
+    bpm:float, # tempo that was tracked
+)->float: # 1 where it is right, or .5, 2, 3
+    "By what a tracked tempo is to be divided."
+    def repeats(beats): # from 0 to about 1, mean over the curves
+        return np.mean([np.interp(beats*3000/bpm, np.arange(len(a)), a) for a in alike])
+    alike = []
+    for e in curves:
+        a = librosa.autocorrelate(e - e.mean(), max_size=len(e)//2)
+        alike.append(a/max(a[0], 1e-9)*len(e)/np.arange(len(e), len(e) - len(a), -1))
+    if bpm < 145 and repeats(.5) > .27: return .5
+    if bpm < 150 or repeats(1) > bpm/800: return 1
+    return 2 if repeats(2) > .07 else 3
 
 def beats_of_backing(
     x:np.ndarray, # (1,N), 32 kHz
-    bpm:float=180., # about the tempo that is expected
+    bpm:float=None, # about the tempo that is expected, if there is one
 )->np.ndarray: # (n,) seconds
     "Track the beats."
     _, e = onset_curve(x)
     if not e.any(): return np.zeros(0)
-    _, beats = librosa.beat.beat_track(onset_envelope=e, sr=16_000, hop_length=320, start_bpm=bpm,
-                                       units='time', trim=False)
-    return beats - LATENCY
+    def track(**tempo): return librosa.beat.beat_track(
+        onset_envelope=e, sr=16_000, hop_length=320, units='time', trim=False, **tempo)[1] - LATENCY
+    beats = track(start_bpm=bpm or 180.)
+    if bpm or len(beats) < 16: return beats
+    tracked = 60/np.median(np.diff(beats))
+    n = beat_divisor((e, onset_curve(x, bass=True)[1]), tracked)
+    return beats if n == 1 else track(bpm=tracked/n)
 
 # %% ../../nbs/12j_transcription.ipynb #8c2661e0
 def swing_of(
