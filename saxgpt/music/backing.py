@@ -16,9 +16,9 @@ from ..audio import write_audio
 from ..config import command
 from ..demo import Tune, render, truth_of
 from .arrangement import Clock, FormSection, Timeline, perform, play_track
-from saxgpt.music.charts import (NO_CHORD, Chart, final_chord, read_chart, read_key, read_symbol,
-    transpose_chart)
+from .charts import Chart, final_chord, read_chart, transpose_chart
 from .feels import BANDS, FEELS, silence, tracks_of
+from .symbols import NO_CHORD, read_key, read_symbol
 from .theory import NAMES, is_minor
 from .transcription import MADE_BY, read_made
 from .world import draw_world, make_pool

@@ -22,7 +22,7 @@ from ..codecs.load import load_codec
 from ..config import weights_dir
 from ..generation import LazyEncoder
 from ..model.chord_reader import FRAMES, LONGEST, load_chord_reader
-from ..music.charts import read_symbol
+from ..music.symbols import read_symbol
 from ..music.notes import downbeats_of
 from ..music.transcription import (LABELS, beats_of_backing, chords_along, half_bars,
     likeliest, read_chords, tuning_of)
