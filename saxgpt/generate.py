@@ -30,6 +30,7 @@ from .generation import LazyEncoder, generate
 from .metrics import code_counts, total_variation
 from .model.decoding import half_precision
 from .music.notation import notes_paths, write_notes
+from .music.notes import hear_solo
 from .music.charts import read_chart
 from .music.plots import plot_solo
 from .music.transcription import MOST_CENTS, truth_beside, tuning_of
@@ -190,6 +191,7 @@ def write_plot(
     harmony:Harmony, # of what the picture shows of the backing
     name:str, # for the title
     marks:list=(), # (start, stop), s: stretches to shade
+    line=None, # of the solo as from `hear_solo`, where it has been heard
 )->bool: # whether it is written
     "Write the picture of a solo, of a long one the beginning, or say why there is none."
     seconds = solo.shape[1]/SAMPLE_RATE
@@ -200,7 +202,8 @@ def write_plot(
         if form == 'drawn': form = 'changes of its own'
         if form: title += f': {form} in {known.get("key", "")}, {known.get("bpm", 0):.0f} bpm'
         if seconds > SHOWN: title += f'; first {SHOWN} s of {seconds:.0f} s'
-        plot_solo(solo, backing, known.get('chords', ()), title, fig, known.get('tuning', 0.),
+        heard = hear_solo(solo, known.get('tuning', 0.))[1] if line is None else line
+        plot_solo(solo, backing, known.get('chords', ()), title, fig, heard,
                   known.get('estimated', False), marks)
     with without_warnings(): return save_picture(path, draw)   # missing letters, short sounds
 
@@ -220,9 +223,9 @@ def write_solos(
     if redone is None: solos = [normalize_loudness(s) for s in solos]
     x, rows = normalize_loudness(x), []
     for row, solo in zip(paths, solos): write_sound(*row[:2], solo, x)
-    for write, solo in zip(notes, solos): write(solo, lambda: harmony.truth)
-    for row, solo, name in zip(paths, solos, names):
-        drawn = write_plot(row[2], solo, x, harmony, name, redone or ())
+    heard = [write(solo, lambda: harmony.truth) for write, solo in zip(notes, solos)]
+    for row, solo, name, line in zip(paths, solos, names, heard or [None]*len(solos)):
+        drawn = write_plot(row[2], solo, x, harmony, name, redone or (), line)
         rows.append((*row[:2], row[2] if drawn else None))
     kept = ', '.join(str(p) for row in rows for p in row if p)
     if cut: raise KeyboardInterrupt(f'the first {x.shape[1]/SAMPLE_RATE:.1f} s are kept: {kept}')

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .notes import BeatGrid, beat_grid, notes_of, write_midi
+from .notes import BeatGrid, beat_grid, hear_solo, write_midi
 from .theory import NAMES
 from ..ops.files import atomic_path, reason
 from ..ops.packages import needs, without_warnings
@@ -384,12 +384,13 @@ def write_notes(
     solo, # (1,N), 32 kHz: an array or a `Sound`
     describe, # called for what is known about the backing, as in truth.json
     instrument:str='concert', # of `READS`
-): # writes
+)->np.ndarray: # the line that was heard, see `hear_solo`; None where it was not
     "Write what a solo plays, or say in one line why it is not there."
-    midi, *score = missing = list(paths)
+    (midi, *score), line = (missing := list(paths)), None
     try:
         with without_warnings():
-            notes = notes_of(solo, (truth := written_truth(describe())).get('tuning', 0.))
+            truth = written_truth(describe())
+            notes, line = hear_solo(solo, truth.get('tuning', 0.))
             if not notes: notify(f'{midi}: empty, no note was heard in the solo')
             write_midi(midi, notes, truth, instrument)
             missing.remove(midi)
@@ -397,3 +398,4 @@ def write_notes(
     except Exception as e:
         notify(f'{", ".join(map(str, missing))}: not written, {printable(reason(e))[:200]}; '
                'all else is written')
+    return line

@@ -6,7 +6,7 @@
 __all__ = ['SAX_KEYS', 'STEP', 'WINDOW', 'LAGS', 'CHANGE', 'REPEAT', 'BEGIN', 'END', 'ATTACK', 'TOLERANCE', 'RESTRUCK', 'TONGUED',
            'TICKS', 'PROGRAMS', 'note_f1', 'yin_difference', 'key_costs', 'doubt_subharmonics', 'Evidence',
            'listen_for_keys', 'own_tuning', 'dips_of', 'decode_notes', 'find_notes', 'join_octaves', 'line_near',
-           'join_falls', 'join_restrikes', 'bend_of', 'notes_of', 'BeatGrid', 'beat_grid', 'downbeats_of',
+           'join_falls', 'join_restrikes', 'bend_of', 'hear_solo', 'notes_of', 'BeatGrid', 'beat_grid', 'downbeats_of',
            'tempo_changes', 'write_midi']
 
 # %% ../../nbs/12o_notes.ipynb #13ae5d03
@@ -278,24 +278,34 @@ def bend_of(
     return tuple((round(.01*int(i), 2), round(float(cents[i]), 1)) for i in out)
 
 # %% ../../nbs/12o_notes.ipynb #af4c6e04
-def notes_of(
+def hear_solo(
     x, # solo (1,N), 32 kHz: an array or a `Sound`
     tuning:float=0., # cents by which the band is above 440 Hz
-)->list: # of `Note`: start and end (s), key, velocity, bend
-    "The notes of a solo."
+)->tuple: # `notes_of` it; (T,) its pitch every 10 ms, MIDI number in the tuning, NaN where it rests
+    "The notes of a solo, and the line that it plays in them."
     from saxgpt.music.synth import Note
     e = listen_for_keys(x, tuning)
     off = own_tuning(e)
     if abs(off) > 3: e = listen_for_keys(x, tuning + off)
+    else: off = 0.
     found = join_falls(join_octaves(find_notes(e), e.cost), e)
-    found, notes = join_restrikes(found, e.level), []
-    for a, b, k in found:
+    notes, line = [], np.full(len(e.level), np.nan)
+    for a, b, k in join_restrikes(found, e.level):
+        line[a:b] = line_near(e, a, b, k)[0] + off/100
         velocity = 98*10**(float(e.level[a:b].max())/40)
         start, end = max(0., .01*a - .015), .01*b - .02
         loud, bend = int(np.clip(velocity, 1, 127)), bend_of(e, a, b, k)
         notes.append(Note(start, end, int(SAX_KEYS[k]), loud, bend))
     ends = [n.start for n in notes[1:]] + [x.shape[1]/SAMPLE_RATE]
-    return [n._replace(end=max(min(n.end, stop), n.start + .01)) for n, stop in zip(notes, ends)]
+    notes = [n._replace(end=max(min(n.end, stop), n.start + .01)) for n, stop in zip(notes, ends)]
+    return notes, line
+
+def notes_of(
+    x, # solo (1,N), 32 kHz: an array or a `Sound`
+    tuning:float=0., # cents by which the band is above 440 Hz
+)->list: # of `Note`: start and end (s), key, velocity, bend
+    "The notes of a solo."
+    return hear_solo(x, tuning)[0]
 
 # %% ../../nbs/12o_notes.ipynb #0b415c00
 class BeatGrid(NamedTuple):
