@@ -40,6 +40,8 @@ class Step:
 
     def __call__(self, codes, s): return self.model.decode_step(codes, s, self.cache)
 
+    def renew(self): pass # the cache has another memory
+
 # %% ../../nbs/06e_decoding.ipynb #60d31e60
 class GraphStep(Step):
     "The same, recorded as a CUDA graph."
@@ -187,8 +189,10 @@ class Window:
         self.watch(**control)
         self.fill_grid(model, lead)
         memory = self.encode(model)
-        if last: model.reset_cache(memory, last.step.cache)
         self.step = last.step if last else self.new_step(model, memory)
+        if last:
+            model.reset_cache(memory, self.step.cache)
+            self.step.renew()
         self.first = model.prefill(self.both(self.tokens[:, :, :P + 1]), self.step.cache)
 
     def both(self, codes): return codes if self.guidance == 1 else torch.cat([codes, codes])
