@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KERNELS_PAY', 'LOOK', 'PATIENCE', 'AGAIN', 'RISE', 'FORCE', 'MEMORY', 'STEADY', 'ENDS', 'one_thread',
-           'single_thread_if_small', 'Step', 'GraphStep', 'pack_decoder_weights', 'cpu_step', 'halved',
-           'half_precision', 'windows', 'SilenceControl', 'Window', 'PlaySettings', 'play_codes', 'generate_codes']
+           'single_thread_if_small', 'Step', 'GraphStep', 'pack_decoder_weights', 'load_kernels', 'kernels_for',
+           'cpu_step', 'halved', 'half_precision', 'windows', 'SilenceControl', 'Window', 'PlaySettings', 'play_codes',
+           'generate_codes']
 
 # %% ../../nbs/06e_decoding.ipynb #3d295922
 import copy, torch
@@ -13,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fastcore.basics import patch
 from functools import lru_cache
+from importlib import import_module
 from torch import nn, Tensor
 from .transformer import SaxGPT
 from ..ops.words import notify
@@ -85,17 +87,32 @@ KERNELS_PAY = 250 # steps; for fewer, loading the kernels takes longer than they
 @lru_cache
 def _notify_slow(why): notify(f'playing takes longer: the compiled kernels fail here ({why})')
 
+@lru_cache
+def load_kernels():
+    "The module of the kernels; None where they fail, and a line says so."
+    try:
+        module = import_module('saxgpt.model.kernels')
+        module.warm_up()
+        return module
+    except Exception as e: _notify_slow(str(e).partition('\n')[0] or type(e).__name__)
+
+def kernels_for(
+    steps:int, # that will be played
+    t:Tensor, # of the kind that they work with
+): # the module of the kernels, or None
+    "The kernels, where they can be used and pay."
+    pay = steps >= KERNELS_PAY and t.device.type == 'cpu' and t.dtype == torch.float32
+    return load_kernels() if pay else None
+
 def cpu_step(
     model:SaxGPT, # in eval mode
     cache, # from `init_cache`
     **rows, # `free` and `shared` of `KernelStep`
 ) -> Step: # or a `KernelStep`
     "The fastest exact step of a processor."
-    steps, exact = cache.self_kv[0].k.shape[2], model.decoder.dtype == torch.float32
-    if exact and cache.mask is None and model.null.device.type == 'cpu' and steps >= KERNELS_PAY:
-        try:
-            from saxgpt.model.kernels import KernelStep
-            return KernelStep(model, cache, **rows)
+    kernels = kernels_for(cache.self_kv[0].k.shape[2], model.decoder.norm.weight)
+    if kernels and cache.mask is None:
+        try: return kernels.KernelStep(model, cache, **rows)
         except Exception as e: _notify_slow(str(e).partition('\n')[0] or type(e).__name__)
     return Step(pack_decoder_weights(model), cache)
 
@@ -330,7 +347,8 @@ def play_codes(
     "Play a solo for each seed; it depends on backing, seed and settings, not on its neighbours."
     (B, K, T), n, dev, p = backing.shape, len(seeds), model.null.device, PlaySettings(**settings)
     p.check(K, B, n)
-    sampler = Sampler(p.temperature, p.top_k, p.top_p, K)
+    kernels = kernels_for(T, model.decoder.norm.weight)
+    sampler = (kernels.KernelSampler if kernels else Sampler)(p.temperature, p.top_k, p.top_p, K)
     gens = [torch.Generator(dev).manual_seed(int(s)) for s in seeds]
     lead = torch.zeros(n, K, 0, dtype=torch.long, device=dev)
     if prompt is not None: lead = prompt.to(dev)[..., :T].expand(n, -1, -1)

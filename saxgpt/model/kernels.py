@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAST', 'KERNELS', 'WIDTH', 'panel1', 'panel2', 'panel4', 'EXP2', 'F4', 'TRIALS', 'kernel', 'forget_code',
-           'widens_halves', 'pack', 'make_panel', 'matvec', 'layer_norm', 'exp_sum', 'attend', 'rotate', 'attend_rows',
-           'embed_step', 'Parts', 'activate', 'play', 'numbers', 'in_one_block', 'packed_weights', 'KernelStep',
-           'cores', 'split_rows']
+           'widens_halves', 'pack', 'make_panel', 'matvec', 'layer_norm', 'power_of_two', 'exp', 'exp_sum', 'attend',
+           'rotate', 'attend_rows', 'embed_step', 'Parts', 'activate', 'play', 'numbers', 'in_one_block',
+           'packed_weights', 'KernelStep', 'cores', 'split_rows', 'hold', 'hold_rows', 'draw', 'draw_codes',
+           'KernelSampler', 'warm_up']
 
 # %% ../../nbs/06f_kernels.ipynb #5cffc790
 import math, os, platform, statistics, time
@@ -20,6 +21,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 from typing import NamedTuple
 from .transformer import SaxGPT
+from ..sampling import Sampler
 
 # %% ../../nbs/06f_kernels.ipynb #fca999ba
 FAST = dict(nogil=True, error_model='numpy', fastmath={'reassoc', 'contract', 'nsz', 'arcp'})
@@ -137,23 +139,33 @@ def layer_norm(
 # %% ../../nbs/06f_kernels.ipynb #ed9e6f17
 EXP2 = tuple(math.log(2)**n/math.factorial(n) for n in range(8)) # 2^x, |x| <= 1/2
 
+@intrinsic
+def power_of_two(context, n): # int32, from -126 to 127
+    def build(context, b, sig, args):
+        exponent = b.shl(b.add(args[0], ir.IntType(32)(127)), ir.IntType(32)(23))
+        return b.bitcast(exponent, ir.FloatType())
+    return types.float32(types.int32), build
+
+@kernel
+def exp(
+    x, # at most 0; below -87 it counts as that
+):
+    "The exponential function."
+    x = max(x*np.float32(1/math.log(2)), np.float32(-126))
+    whole = np.floor(x + np.float32(.5))
+    x, p = x - whole, np.float32(EXP2[7])
+    for n in range(6, -1, -1): p = p*x + np.float32(EXP2[n])
+    return p*power_of_two(np.int32(whole))
+
 @kernel
 def exp_sum(
     a, # numbers (n,), replaced by exp(a - max(a))
-    bits, # memory for as many integers
 ):
     "The softmax of `a` but for its denominator, which is returned."
     top, total = a[0], np.float32(0)
     for v in a: top = max(top, v)
     for i in range(len(a)):
-        x = max((a[i] - top)*np.float32(1/math.log(2)), np.float32(-126))
-        whole = np.floor(x + np.float32(.5))
-        x, p = x - whole, np.float32(EXP2[7])
-        for n in range(6, -1, -1): p = p*x + np.float32(EXP2[n])
-        a[i], bits[i] = p, (np.int32(whole) + np.int32(127)) << 23
-    power = bits.view(np.float32)
-    for i in range(len(a)):
-        a[i] *= power[i]
+        a[i] = exp(a[i] - top)
         total += a[i]
     return total
 
@@ -164,7 +176,6 @@ def attend(
     k, # keys (S, Dh), of which the first n count
     v, # values (S, Dh)
     a, # memory for n numbers (1, n)
-    bits, # memory for n integers
     y, # the result (1, Dh)
 ):
     "Attention of a single query."
@@ -173,7 +184,7 @@ def attend(
         total = np.float32(0)
         for d in range(Dh): total += q[d]*k[s, d]
         fit[s] = total
-    total, whole = exp_sum(fit, bits), Dh//WIDTH*WIDTH
+    total, whole = exp_sum(fit), Dh//WIDTH*WIDTH
     for d in range(0, whole, WIDTH): panel1(v[0:, d:], Dh, a, y[0:, d:], False)
     for d in range(whole, Dh):
         y[0, d] = np.float32(0)
@@ -203,7 +214,7 @@ def attend_rows(
     "Attention of one new step of each row: to itself and its past, or to a memory."
     own = z.shape[1] == 3
     n = s + 1 if own else k.shape[2]
-    a, bits = np.empty((1, n), np.float32), np.empty(n, np.int32)
+    a = np.empty((1, n), np.float32)
     for h in range(k.shape[1]):
         for r in range(len(z)):
             b, q = r % len(k), z[r, 0, h]
@@ -213,7 +224,7 @@ def attend_rows(
                 for d in range(len(q)):
                     k[b, h, s, d], v[b, h, s, d] = z[r, 1, h, d], z[r, 2, h, d]
             for d in range(len(q)): q[d] /= np.sqrt(np.float32(len(q)))
-            attend(q, k[b, h], v[b, h], a, bits, y[r, h:h + 1])
+            attend(q, k[b, h], v[b, h], a, y[r, h:h + 1])
 
 # %% ../../nbs/06f_kernels.ipynb #3c1d0e02
 @kernel
@@ -341,7 +352,6 @@ class KernelStep:
         shared:bool=False, # whether all other rows have the same memory
         threads:int=None, # to play with; None: as many as prove fastest
     ):
-        if config.DISABLE_JIT: raise ValueError('NUMBA_DISABLE_JIT is set')   # loops of Python, then
         self.model, self.cache = model, cache
         B, _, S, _ = cache.self_kv[0].k.shape
         self.parts = p = self.parts_of(B - free, shared)
@@ -429,3 +439,109 @@ def compare(self:KernelStep, n:int, seconds:float):
     self.times[n].append(seconds)
     if all(len(t) >= TRIALS for t in self.times.values()):
         self.threads = min(self.times, key=lambda n: statistics.median(self.times[n]))
+
+# %% ../../nbs/06f_kernels.ipynb #3f1d0b06
+@kernel
+def hold(
+    logits, # (E,), replaced
+    gain, # what the chord adds to each code (E,)
+    held, # how much each code is the note that sounds (E,)
+    sounds, # how much each code is a note at all (E,)
+    leave, # weight of leaving a held note
+    t, # temperature
+):
+    "The rule of `ChordSteering` for one solo."
+    E, none = len(logits), -F4(np.inf)
+    best, tops, sums = gain[0], np.full(2, none, np.float32), np.zeros(2, np.float32)
+    for v in gain: best = max(best, v)
+    new, off = np.empty(E, np.float32), np.empty(E, np.float32)
+    kept, a, b = np.empty(E, np.float32), np.empty(E, np.float32), logits/t
+    for i in range(E):
+        new[i], off[i] = max(sounds[i] - held[i], F4(0)), leave*held[i]*(gain[i] - best*sounds[i])
+        kept[i], a[i] = new[i] + held[i]*(F4(1) - exp(min(off[i]/t, F4(0)))), b[i] + gain[i]/t
+    for i in range(E):
+        tops[0] = max(tops[0], a[i] if new[i] > 0 else none)
+        tops[1] = max(tops[1], b[i] if kept[i] > 0 else none)
+    for i in range(E):
+        sums[0] += new[i]*exp(min(a[i] - tops[0], F4(0)))
+        sums[1] += kept[i]*exp(min(b[i] - tops[1], F4(0)))
+    excess = F4(0)
+    if sums[0] > 0: excess = tops[0] - tops[1] + math.log(sums[0]) - math.log(sums[1])
+    for i in range(E): logits[i] += new[i]*(gain[i] - t*excess) + off[i]
+
+def hold_rows(
+    logits:Tensor, # (n, E)
+    gain:Tensor, # (n or 1, E)
+    held:Tensor, # (n, E)
+    *rest, # sounds, leave, t of `hold`
+) -> Tensor: # (n, E)
+    "`hold` for each solo."
+    sounds, leave, t = rest
+    out = logits.clone(memory_format=torch.contiguous_format)
+    for x, g, h in zip(numbers(out), numbers(gain.expand_as(held)), numbers(held)):
+        hold(x, g, h, numbers(sounds), F4(leave), F4(t))
+    return out
+
+# %% ../../nbs/06f_kernels.ipynb #3f1d0b02
+@kernel
+def draw(
+    logits, # (V,)
+    u, # random numbers from 0 to 1 (V,)
+    a, # memory for V numbers
+):
+    "The code that `gumbel_argmax` chooses."
+    best, top, bound = 0, -F4(np.inf), np.inf
+    a[:] = logits
+    exp_sum(a)
+    for i in range(len(a)):
+        if u[i] <= bound*a[i]:
+            wait = -math.log1p(-u[i])
+            score = logits[i] - math.log(max(F4(wait), F4(1e-30)))
+            if score > top: top, best = score, i
+            bound = min(bound, 1.0001*wait/a[i] + 1e-30)
+    return best
+
+@kernel
+def draw_codes(
+    logits, # (n, K, V), divided by the temperature
+    u, # (n, K, V)
+    top_k, # codes to keep; 0: all
+    codes, # the result (n, K)
+):
+    "A code for each codebook."
+    n, K, V = logits.shape
+    a = np.empty(V, np.float32)
+    for r in range(n):
+        for k in range(K):
+            x, best, better = logits[r, k], draw(logits[r, k], u[r, k], a), 0
+            for v in x: better += v > x[best]
+            if 0 < top_k <= better:
+                least = np.sort(x)[V - top_k]
+                for i in range(V):
+                    if x[i] < least: x[i] = -F4(np.inf)
+                best = draw(x, u[r, k], a)
+            codes[r, k] = best
+
+# %% ../../nbs/06f_kernels.ipynb #3f1d0b03
+class KernelSampler(Sampler):
+    "Draws what `Sampler` draws."
+    def draw(self, logits, temperature, top_k, top_p, generators):
+        if temperature < 1e-6 or 0 < top_p < 1:
+            return super().draw(logits, temperature, top_k, top_p, generators)
+        u = torch.empty(logits.shape, dtype=torch.float64)
+        for row, g in zip(u, generators): row.uniform_(generator=g)
+        codes = torch.empty(logits.shape[:2], dtype=torch.long)
+        draw_codes(numbers(logits/temperature), numbers(u), top_k, numbers(codes))
+        return codes
+
+def warm_up():
+    "Load or compile what is not part of a step."
+    if config.DISABLE_JIT: raise ValueError('NUMBA_DISABLE_JIT is set')   # loops of Python, then
+    x, codes = np.zeros((1, 1, 8), F4), np.zeros((1, 1), int)
+    def all_once():
+        draw_codes(x, x.astype(float), 0, codes)
+        hold(*x[0, [0]*4], F4(1), F4(1))
+    try: all_once()
+    except Exception:
+        forget_code()
+        all_once()

@@ -22,6 +22,7 @@ from ..codecs.load import load_codec
 from ..config import weights_dir
 from ..generation import LazyEncoder
 from ..model.chord_reader import FRAMES, LONGEST, load_chord_reader
+from ..model.decoding import kernels_for
 from ..music.symbols import read_symbol
 from ..music.notes import downbeats_of
 from ..music.transcription import (LABELS, beats_of_backing, chords_along, half_bars,
@@ -141,18 +142,21 @@ class ChordSteering:
         t = temperature if np.isscalar(temperature) else temperature[0]
         self.chords, self.weight, self.temperature = chords, weight, max(float(t), 1e-3)
         self.pitches, self.codes = pitches, pitches[:-1].T # (E + 1, 12), (12, E)
-        self.sounds = self.codes.sum(0)                    # 0: silence
+        self.sounds, self.kernels = self.codes.sum(0), None # 0: silence
 
     def listen(self, backing, start): # codes (B, K, L) that are played over next, their first frame
         self.chords.listen(backing, start)
+        self.kernels = kernels_for(backing.shape[2], self.codes)
 
     def __call__(self, logits, frame, before): # (n, E), frame of the tune, codes (n,) -> (n, E)
         fit = self.chords.fit(frame)
         if fit is None: return logits
         gain = GAIN*self.weight*fit.to(self.codes) @ self.codes
         held = self.pitches[before] @ self.codes           # (n, E): as far as they are the same note
-        new, t = (self.sounds - held).clamp(min=0), self.temperature
-        leave = HELD*held*(gain - gain.amax(1, keepdim=True)*self.sounds)    # 0 on the best tone
+        sounds, t = self.sounds, self.temperature
+        if self.kernels: return self.kernels.hold_rows(logits, gain, held, sounds, HELD, t)
+        new = (sounds - held).clamp(min=0)
+        leave = HELD*held*(gain - gain.amax(1, keepdim=True)*sounds)         # 0 on the best tone
         def total(weights, more=0): return (logits/t + weights.log() + more/t).logsumexp(1)
         excess = total(new, gain) - total(new - held*(leave/t).expm1())
         return logits + new*(gain - t*excess.nan_to_num()[:, None]) + leave
