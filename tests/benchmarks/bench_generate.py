@@ -2,7 +2,9 @@
 
 Playing: steps a second at a context of 750 of 1,500 `--frames`, two rows for each solo as guidance has them, after transformers' MusicgenForCausalLM
 with an EncoderDecoderCache (same width, depth, heads, memory and rows), our own model without a cache, and the floor: the bytes that a step must
-read over the copy bandwidth of this machine. `command` is a step of `saxgpt generate` with all that belongs to it: guidance, sampling, control.
+read over the copy bandwidth of this machine. `command` is a step of `saxgpt generate` with all that belongs to it: guidance, sampling, control of
+silence, steering by heard chords. Weights are random, rounded to float16 as those of a released checkpoint are, and for transformers as well, which
+computes in float32 on a CPU; our kernels read what is exact in float16 as float16.
 Learning: forward and backward against torch.nn.Transformer. Length: a step at several contexts. Medians of interleaved rounds.
 """
 import argparse
@@ -31,10 +33,13 @@ warnings.simplefilter('ignore')
 import torch  # noqa: E402  the number of threads comes first
 from torch import nn  # noqa: E402
 
+from saxgpt.codecs.load import load_codec  # noqa: E402
 from saxgpt.config import ModelConfig, RunConfig, load_config  # noqa: E402
-from saxgpt.model.decoding import GraphStep, Step, Window, half_precision, pack_decoder_weights, single_thread_if_small  # noqa: E402
+from saxgpt.model.decoding import (GraphStep, SilenceControl, Step, Window, half_precision, kernels_for,  # noqa: E402
+                                   pack_decoder_weights, single_thread_if_small)
 from saxgpt.model.transformer import SaxGPT, next_step_loss  # noqa: E402
-from saxgpt.sampling import DEFAULT_SAMPLING, Sampler  # noqa: E402
+from saxgpt.sampling import DEFAULT_SAMPLING, Sampler, rest_bias  # noqa: E402
+from saxgpt.takes.changes import hold_to_changes  # noqa: E402
 
 torch.set_num_threads(args.threads)
 torch.manual_seed(0)
@@ -65,7 +70,9 @@ def codes(*shape): return torch.randint(0, 2048, shape, device=dev)
 
 def model_of(size, **kw):
     cfg = load_config(RunConfig, size).model.model_dump() | dict(fusion='cross', dropout=0., condition_dropout=0.) | kw
-    return pack_decoder_weights(SaxGPT(ModelConfig(**cfg)).eval().to(dev))
+    model = SaxGPT(ModelConfig(**cfg)).eval()
+    model.heads.proj.weight.data *= 8                                      # logits as far apart as trained ones
+    return pack_decoder_weights(model.half().float().to(dev))
 
 
 def stepper(model, B, frames=FRAMES, at=AT, steps=args.steps, kind=GraphStep if gpu else Step):
@@ -84,9 +91,13 @@ def stepper(model, B, frames=FRAMES, at=AT, steps=args.steps, kind=GraphStep if 
 def commanded(model, n, steps=args.steps):
     "A function that plays some steps of `n` solos as the command does."
     s = DEFAULT_SAMPLING
-    sampler, gens = Sampler(s['temperature'], s['top_k'], s['top_p']), [torch.Generator(dev).manual_seed(i) for i in range(n)]
+    kernels, gens = kernels_for(FRAMES, model.null), [torch.Generator(dev).manual_seed(i) for i in range(n)]
+    sampler = (kernels.KernelSampler if kernels else Sampler)(s['temperature'], s['top_k'], s['top_p'])
+    codec = load_codec('bundled', device=dev)
+    control, steer = SilenceControl(codec, n, s['guidance'], rest_bias(s['density']), dev), hold_to_changes(codec)
     with single_thread_if_small(model):
-        window = Window(model, codes(1, 4, FRAMES), codes(n, 4, AT), lambda x: sampler(x, gens), s['guidance'])
+        window = Window(model, codes(1, 4, FRAMES), codes(n, 4, AT), lambda x: sampler(x, gens), s['guidance'], control=control, steer=steer)
+        window.frames(AT, AT + steps - 2)
 
     def run():
         window.at = AT + 1
@@ -94,7 +105,7 @@ def commanded(model, n, steps=args.steps):
     return run
 
 
-def uncached(model, B, steps=2):
+def uncached(model, B, steps=1):
     backing, lead = codes(B, 4, FRAMES + 4), codes(B, 4, AT)
     memory = model.encode(backing)
 
@@ -109,7 +120,7 @@ def musicgen(cfg, B, steps=args.steps, compiled=False):
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
     c = MusicgenDecoderConfig(vocab_size=2048, max_position_embeddings=2048, num_hidden_layers=cfg.num_decoder_layers, ffn_dim=cfg.dim_feedforward,
                               num_attention_heads=cfg.nhead, hidden_size=cfg.d_model, num_codebooks=4, activation_function='relu', pad_token_id=2048)
-    model = MusicgenForCausalLM(c).eval().to(dev, torch.bfloat16 if gpu else torch.float32)
+    model = MusicgenForCausalLM(c).eval().half().to(dev, torch.bfloat16 if gpu else torch.float32)
     memory = torch.randn(B, FRAMES + 4, cfg.d_model, device=dev, dtype=model.dtype)
     kind = (lambda: StaticCache(config=c, max_cache_len=FRAMES + 4)) if compiled else (lambda: DynamicCache(config=c))
     past, ids = EncoderDecoderCache(kind(), DynamicCache(config=c)), codes(B*4, 1)
@@ -143,7 +154,7 @@ def playing(out, keep):
             runs = dict(command=commanded(model, B), ours=ours, transformers=musicgen(model.cfg, rows))
             if gpu: runs['light'] = stepper(half_precision(model), rows)[0]
             if gpu and not args.no_compile: runs['tr. compiled'] = musicgen(model.cfg, rows, compiled=True)
-            per = {k: args.steps/t for k, t in medians(runs).items()} | {'no cache': n/medians({'': bare}, 3)[''], 'floor': copy/read}
+            per = {k: args.steps/t for k, t in medians(runs).items()} | {'no cache': n/medians({'': bare}, 1)[''], 'floor': copy/read}
             print(f'{size:8}{B:6}' + ''.join(f'{per[n]:15.0f}' for n in names)
                   + '   ' + ' '.join(f'{per[n]/per["transformers"]:.2f}x' for n in mine), flush=True)
             out[f'{size} x {B}'] = per
