@@ -91,7 +91,7 @@ def _notify_slow(why): notify(f'playing takes longer: the compiled kernels fail 
 def load_kernels():
     "The module of the kernels; None where they fail, and a line says so."
     try:
-        module = import_module('saxgpt.model.kernels')
+        module = import_module('saxgpt.model.kernel_step')
         module.warm_up()
         return module
     except Exception as e: _notify_slow(str(e).partition('\n')[0] or type(e).__name__)

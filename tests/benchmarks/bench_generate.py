@@ -38,7 +38,7 @@ from saxgpt.config import ModelConfig, RunConfig, load_config  # noqa: E402
 from saxgpt.model.decoding import (GraphStep, SilenceControl, Step, Window, half_precision, kernels_for,  # noqa: E402
                                    pack_decoder_weights, single_thread_if_small)
 from saxgpt.model.transformer import SaxGPT, next_step_loss  # noqa: E402
-from saxgpt.sampling import DEFAULT_SAMPLING, Sampler, rest_bias  # noqa: E402
+from saxgpt.sampling import DEFAULT_SAMPLING, Sampler  # noqa: E402
 from saxgpt.takes.changes import hold_to_changes  # noqa: E402
 
 torch.set_num_threads(args.threads)
@@ -94,7 +94,7 @@ def commanded(model, n, steps=args.steps):
     kernels, gens = kernels_for(FRAMES, model.null), [torch.Generator(dev).manual_seed(i) for i in range(n)]
     sampler = (kernels.KernelSampler if kernels else Sampler)(s['temperature'], s['top_k'], s['top_p'])
     codec = load_codec('bundled', device=dev)
-    control, steer = SilenceControl(codec, n, s['guidance'], rest_bias(s['density']), dev), hold_to_changes(codec)
+    control, steer = SilenceControl(codec, n, s['guidance'], s['density'], dev), hold_to_changes(codec)
     with single_thread_if_small(model):
         window = Window(model, codes(1, 4, FRAMES), codes(n, 4, AT), lambda x: sampler(x, gens), s['guidance'], control=control, steer=steer)
         window.frames(AT, AT + steps - 2)
