@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['F4', 'TRIALS', 'embed_step', 'Parts', 'activate', 'play_step', 'numbers', 'in_one_block', 'packed_weights',
-           'KernelStep', 'cores', 'split_rows', 'hold', 'hold_rows', 'draw', 'draw_codes', 'KernelSampler', 'warm_up']
+           'KernelStep', 'cores', 'split_rows', 'hold', 'hold_rows', 'draw', 'kth_largest', 'draw_codes',
+           'KernelSampler', 'warm_up']
 
 # %% ../../nbs/06h_kernel_step.ipynb #5d2c0004
 import math, os, statistics, time
@@ -14,8 +15,8 @@ from fastcore.basics import patch
 from numba import config
 from torch import Tensor
 from typing import NamedTuple
-from .kernels import (WIDTH, attend_rows, exp, exp_sum, forget_code, kernel, layer_norm, matvec,
-    pack_panels, widens_halves)
+from .kernels import (WIDTH, attend_rows, exp, exp_sum, forget_code, kernel,
+    layer_norm, matvec, pack_panels, widens_halves)
 from .transformer import SaxGPT
 from ..sampling import Sampler
 
@@ -100,7 +101,8 @@ def play_step(
             matvec(query[l], src[:n], q, False)
             attend_rows(q_, p.cross[0, l, c:d], p.cross[1, l, c:d], p.table, s, m_[:n])
             matvec(back[l], m[:n], x[:n], True)
-        x[n:] += p.same[l]
+        for r in range(n, R):
+            for i in range(D): x[r, i] += p.same[l, i]
         layer_norm(x, w[2 - first], p.eps, src)
         matvec(up[l], src, f, False)
         for r in range(R): activate(f[r], p.gelu)
@@ -219,7 +221,7 @@ def __call__(self:KernelStep,
     if not 0 <= s < self.S:
         raise ValueError(f'the cache has room for {self.S} steps and was asked for step {s}')
     p, codes = self.parts, np.ascontiguousarray(numbers(codes))
-    n, start = self.threads or min(self.times, key=lambda n: len(self.times[n])), time.perf_counter()
+    start, n = time.perf_counter(), self.threads or min(self.ways, key=lambda n: len(self.times[n]))
     others = [self.pool.submit(play_step, p, codes, s, *rows) for rows in self.ways[n][1:]]
     play_step(p, codes, s, *self.ways[n][0])
     for o in others: o.result()
@@ -245,21 +247,23 @@ def hold(
 ):
     "The rule of `ChordSteering` for one solo."
     E, none = len(logits), -F4(np.inf)
-    best, tops, sums = gain[0], np.full(2, none, np.float32), np.zeros(2, np.float32)
+    best, top_a, top_b, sum_a, sum_b = gain[0], none, none, F4(0), F4(0)
     for v in gain: best = max(best, v)
     new, off = np.empty(E, np.float32), np.empty(E, np.float32)
     kept, a, b = np.empty(E, np.float32), np.empty(E, np.float32), logits/t
     for i in range(E):
         new[i], off[i] = max(sounds[i] - held[i], F4(0)), leave*held[i]*(gain[i] - best*sounds[i])
-        kept[i], a[i] = new[i] + held[i]*(F4(1) - exp(min(off[i]/t, F4(0)))), b[i] + gain[i]/t
+        e = min(off[i]/t, F4(0))
+        less = F4(1) - exp(e) if e < F4(-.01) else -e*(F4(1) + e*(F4(.5) + e*F4(1/6)))
+        kept[i], a[i] = new[i] + held[i]*less, b[i] + gain[i]/t
     for i in range(E):
-        tops[0] = max(tops[0], a[i] if new[i] > 0 else none)
-        tops[1] = max(tops[1], b[i] if kept[i] > 0 else none)
+        top_a = max(top_a, a[i] if new[i] > 0 else none)
+        top_b = max(top_b, b[i] if kept[i] > 0 else none)
     for i in range(E):
-        sums[0] += new[i]*exp(min(a[i] - tops[0], F4(0)))
-        sums[1] += kept[i]*exp(min(b[i] - tops[1], F4(0)))
+        sum_a += new[i]*exp(min(a[i] - top_a, F4(0)))
+        sum_b += kept[i]*exp(min(b[i] - top_b, F4(0)))
     excess = F4(0)
-    if sums[0] > 0: excess = tops[0] - tops[1] + math.log(sums[0]) - math.log(sums[1])
+    if sum_a > 0: excess = top_a - top_b + math.log(sum_a) - math.log(sum_b)
     for i in range(E): logits[i] += new[i]*(gain[i] - t*excess) + off[i]
 
 def hold_rows(
@@ -284,7 +288,7 @@ def draw(
 ):
     "The code that `gumbel_argmax` chooses."
     best, top, bound = 0, -F4(np.inf), np.inf
-    a[:] = logits
+    for i in range(len(a)): a[i] = logits[i]
     exp_sum(a)
     for i in range(len(a)):
         if u[i] <= bound*a[i]:
@@ -293,6 +297,25 @@ def draw(
             if score > top: top, best = score, i
             bound = min(bound, 1.0001*wait/a[i] + 1e-30)
     return best
+
+@kernel
+def kth_largest(
+    x, # (V,)
+    k, # from 1 to V - 1
+):
+    "Found by halving an interval; what is 200 below the largest counts as minus infinity."
+    low, high = -F4(np.inf), x[0]
+    for v in x: high = max(high, v)
+    middle = high - F4(200)
+    while low < middle < high:
+        count = 0
+        for v in x: count += v >= middle
+        if count >= k: low = middle
+        else: high = middle
+        middle = low + (high - low)*F4(.5)
+    count = 0
+    for v in x: count += v >= high
+    return high if count >= k else low
 
 @kernel
 def draw_codes(
@@ -309,7 +332,7 @@ def draw_codes(
             x, best, better = logits[r, k], draw(logits[r, k], u[r, k], a), 0
             for v in x: better += v > x[best]
             if 0 < top_k <= better:
-                least = np.sort(x)[V - top_k]
+                least = kth_largest(x, top_k)
                 for i in range(V):
                     if x[i] < least: x[i] = -F4(np.inf)
                 best = draw(x, u[r, k], a)

@@ -12,7 +12,7 @@ import math, platform
 import numpy as np, torch, torch.nn.functional as F
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -38,7 +38,8 @@ WIDTH = 32 # outputs in a panel: two vectors of AVX-512
 def widens_halves():
     "Whether the processor turns float16 into float32."
     arm = platform.machine().lower() in ('arm64', 'aarch64')
-    return arm or bool(get_host_cpu_features().get('f16c'))
+    other = config.CPU_NAME or config.CPU_FEATURES       # that Numba is told to compile for
+    return not other and (arm or bool(get_host_cpu_features().get('f16c')))
 
 def pack_panels(
     w:Tensor, # matrix (O, I)
@@ -109,7 +110,9 @@ def matvec(
             else: panel1(p, WIDTH, u, to, more)
             if not whole:
                 for k in range(n):
-                    for d in range(O - o): y[r + k, o + d] = spare[k, d] + add*y[r + k, o + d]
+                    for d in range(O - o):
+                        old = y[r + k, o + d] if add else np.float32(0)
+                        y[r + k, o + d] = spare[k, d] + old
             r += n
 
 # %% ../../nbs/06f_kernels.ipynb #ce0cfcc9
