@@ -100,7 +100,8 @@ def _begin():
     env = {k: v for k, v in os.environ.items() if not k.startswith('SAXGPT_WARM') and k not in ('MPLBACKEND', 'DISPLAY')}
     code = f'import sys; sys.path.append({str(Path(__file__).parent)!r}); import forks; forks.serve_at({theirs.fileno()})'
     # EAGER_IMPORT: with librosa all its parts, which it imports, and numba compiles, only when they are used: seconds for each process.
-    p = subprocess.Popen([sys.executable, '-c', code], pass_fds=[theirs.fileno()], env=env | dict(OMP_NUM_THREADS='1', EAGER_IMPORT='1'), stdin=subprocess.DEVNULL)
+    # Their order is that of a set, so one hash seed in six meets a circle.
+    p = subprocess.Popen([sys.executable, '-c', code], pass_fds=[theirs.fileno()], env=env | dict(OMP_NUM_THREADS='1', EAGER_IMPORT='1', PYTHONHASHSEED='0'), stdin=subprocess.DEVNULL)
     theirs.close()
     atexit.register(lambda: (server.close(), p.wait()))
 
