@@ -20,7 +20,7 @@ from saxgpt.data.dataset import CodesDataset
 from saxgpt.data.recordings import find_recordings, ingest
 from saxgpt.data.splits import SPLITS, split_of
 from saxgpt.demo import make_corpus
-from saxgpt.generate import read_backing
+from saxgpt.takes.backings import read_backing
 from saxgpt.model.transformer import SaxGPT
 from saxgpt.ops.files import read_jsonl, read_tensors
 from saxgpt.pretrained import give_away, load_model

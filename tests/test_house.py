@@ -35,9 +35,8 @@ layers = [
     {'training', 'monitor'},
     {'train', 'generation'},
     {'takes'},
-    {'generate'},
     {'takes.desk'},
-    {'takes.session'},
+    {'takes.session', 'generate'},
     {'evaluation', 'evaluate', 'evaluation.sweep', 'evaluation.worlds'},
     {'pipeline', 'vertex', 'studio', 'doctor', 'cli'},
 ]
@@ -278,7 +277,10 @@ def test_a_solo_begins_without_slow_imports():
     code = '''
 import sys, torch
 before = {*sys.modules}
-from saxgpt.generate import band_tuning, load_codec, load_model, read_backing
+from saxgpt.codecs.load import load_codec
+from saxgpt.pretrained import load_model
+from saxgpt.takes.backings import band_tuning, read_backing
+import saxgpt.generate
 from saxgpt.generation import stream
 (model, about), x = load_model(), read_backing("demo", 2)[1]
 next(stream(model, load_codec(about["codec_name"]), x, seconds=.1, tuning=30 + band_tuning(x, {})))

@@ -22,7 +22,7 @@ from .testset import ResultCache, plain, resumable
 from ..metrics import mean_ci
 from ..ops.files import locked, output_path, save_picture, write_text
 from .fit import fit_scores, partner, transpose
-from ..generate import distance_to_corpus, notice_strange, unless_in_tune
+from ..takes.backings import distance_to_corpus, notice_strange, unless_in_tune
 from ..generation import encode_audio, solo_sound
 from ..metrics import longest_silence
 from ..music.transcription import describe_backing, describe_solo, tuning_of

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from ..audio import SAMPLE_RATE
-from ..generate import matching_codec
+from ..codecs.load import matching_codec
 from ..generation import LazyEncoder
 from ..model.decoding import KERNELS_PAY, cpu_step
 from ..music.charts import read_chart

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from saxgpt.audio import (SAMPLE_RATE, TempAudio, largest, loudness, mix, normalize_loudness,
     write_audio)
 from ..music.backing import make_backing
-from ..generate import band_tuning, distance_to_corpus, notice_strange, read_backing
+from .backings import band_tuning, distance_to_corpus, notice_strange, read_backing
 from ..generation import solo_sound
 from ..model.decoding import play_codes
 from ..music.notation import notes_paths, write_score, written_truth

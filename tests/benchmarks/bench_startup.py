@@ -20,18 +20,22 @@ args = parser.parse_args()
 
 READY = '''
 import torch
-from saxgpt.generate import check_codec, load_codec, load_model, normalize_loudness, read_backing
-from saxgpt.generation import BACKING_LUFS, play_codes
+import saxgpt.generate
+from saxgpt.audio import normalize_loudness
+from saxgpt.codecs.load import matching_codec
+from saxgpt.generation import BACKING_LUFS
+from saxgpt.model.decoding import play_codes
+from saxgpt.pretrained import load_model
+from saxgpt.takes.backings import read_backing
 model, about = load_model()
 backing = read_backing('demo')[1]
-codec = load_codec(about['codec_name'])
-check_codec(codec.fingerprint(), about, 'checkpoint')
+codec = matching_codec(None, about, 'checkpoint')
 backing = normalize_loudness(backing, codec.sample_rate, BACKING_LUFS)[:, :]
 '''
 FIRST = READY + 'next(play_codes(model, codec.for_backing.encode(torch.from_numpy(backing)[None]), [0], block=1))'
 runs = {'python': ['-c', 'pass'], 'import torch': ['-c', 'import torch'], 'import saxgpt.generate': ['-c', 'import saxgpt.generate'],
         'ready to play': ['-c', READY], 'first step decoded': ['-c', FIRST]}
-runs |= {f'saxgpt {name} --help': ['-m', f'saxgpt.{name}', '--help'] for name in commands}
+runs |= {f'saxgpt {name} --help': ['-m', 'saxgpt', name, '--help'] for name in commands}
 
 
 def cpu(words):
