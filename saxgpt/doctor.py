@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from .ops.packages import MORE, broken_import, fits, installed, misfits, needs, pip, requirements
-from .ops.words import steady
+from .ops.words import how_to_run, steady
 
 # %% ../nbs/15a_doctor.ipynb #432257db
 class Absent(Exception):
@@ -277,7 +277,8 @@ def main(
     as_json = parser.parse_args(argv).json
     findings, works = examine_all(lambda f: None if as_json else print(line(f), flush=True))
     if as_json: print(json.dumps(dict(works=works, checks=findings), indent=1))
-    elif works: print('The main job works here: saxgpt generate my-track.mp3 -o out/solo.wav')
+    elif works:
+        print(f'The main job works here: {how_to_run("generate")} my-track.mp3 -o out/solo.wav')
     else: print('The main job, a solo with the bundled codec and model, does not work here; '
                 'begin with the first line that is marked as broken')
     return int(not works)

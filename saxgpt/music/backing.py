@@ -23,6 +23,7 @@ from .theory import NAMES, is_minor
 from .transcription import MADE_BY, read_made
 from .world import draw_world, make_pool
 from ..ops.files import output_path, write_text
+from ..ops.words import how_to_run
 
 # %% ../../nbs/12n_backing.ipynb #7cdbdac2
 def choose_feel(
@@ -206,4 +207,4 @@ def main(
     out, beside, t = write_backing(chart, output, key, count_in=count_in, **how)
     print(f'backing  {out}  ({t["duration"]:.0f} s, {t["feel"]} in {t["key"]}, {t["bpm"]:g} bpm)')
     print(f'truth    {beside}')
-    print(f'A solo over it:  saxgpt generate {shlex.quote(str(out))} -o solo.wav')
+    print(f'A solo over it:  {how_to_run("generate")} {shlex.quote(str(out))} -o solo.wav')

@@ -94,6 +94,6 @@ def how_to_run(
             return f'{shlex.quote(script[0])} {command}'
         program = os.path.relpath(sys.executable)
         if not ours and not program.startswith(os.pardir):
-            return f'{shlex.quote(program)} -m saxgpt.{command}'
+            return f'{shlex.quote(program)} -m saxgpt {command}'
     except (OSError, ValueError, TypeError): pass  # no current folder, another drive, no program
     return f'saxgpt {command}'
