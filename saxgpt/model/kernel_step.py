@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['F4', 'TRIALS', 'embed_step', 'Parts', 'activate', 'play_step', 'numbers', 'in_one_block', 'packed_weights',
-           'KernelStep', 'cores', 'split_rows', 'hold', 'hold_rows', 'draw', 'kth_largest', 'draw_codes',
-           'KernelSampler', 'warm_up']
+           'KernelStep', 'cores', 'hold', 'hold_rows', 'draw', 'kth_largest', 'draw_codes', 'KernelSampler', 'warm_up']
 
 # %% ../../nbs/06h_kernel_step.ipynb #5d2c0004
 import math, os, statistics, time
 import numpy as np, torch, torch.nn.functional as F
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from fastcore.basics import patch
 from numba import config
 from torch import Tensor
 from typing import NamedTuple
 from .kernels import (WIDTH, attend_rows, exp, exp_sum, forget_code, kernel,
-    layer_norm, matvec, pack_panels, widens_halves)
+    layer_norm, matvec, meet, pack_panels, share, widens_halves)
 from .transformer import SaxGPT
 from ..sampling import Sampler
 
@@ -53,9 +52,14 @@ class Parts(NamedTuple):
     cross:np.ndarray # of the memory (2, L, n or 1, H, S', Dh)
     n:int # rows that have a memory: the first
     table:np.ndarray # of rotary positions, as for `attend_rows`
-    x:np.ndarray # (B, D)
+    x:np.ndarray # what runs through the layers (B, D)
+    h:np.ndarray # normalised (B, D)
+    z:np.ndarray # queries, keys and values (B, 3, H, Dh)
+    q:np.ndarray # queries to the memory (n, 1, H, Dh)
+    m:np.ndarray # what attention gives (B, H, Dh)
+    f:np.ndarray # within the feed-forward block (B, F)
     y:np.ndarray # logits (B, K*V)
-    width:int # of the feed-forward block
+    counts:np.ndarray # of meetings, see `meet`
     pre:bool # norms before the branches, not after
     gelu:bool # the activation, else ReLU
 
@@ -64,59 +68,73 @@ F4 = np.float32
 
 @kernel
 def activate(
-    x, # numbers (n,), replaced
+    x, # rows (B, F), replaced
     gelu, # which function: GELU, else ReLU
+    part, # of the panels, see `share`
 ):
     "The activation of a feed-forward block."
-    for i in range(len(x)):
-        if gelu: x[i] *= F4(.5) + F4(.5)*math.erf(x[i]*F4(.5**.5))
-        else: x[i] = max(x[i], F4(0))
+    first, end = share(-(-x.shape[1]//WIDTH), part)
+    for r in range(len(x)):
+        for i in range(first*WIDTH, min(end*WIDTH, x.shape[1])):
+            v = x[r, i]
+            x[r, i] = v*(F4(.5) + F4(.5)*math.erf(v*F4(.5**.5))) if gelu else max(v, F4(0))
 
+# %% ../../nbs/06h_kernel_step.ipynb #3f1d0d02
 @kernel
 def play_step(
     p, # `Parts`
     codes, # (B, K)
     s, # their step
-    a, # the first row to play
-    b, # one past the last
+    part, # of the work, see `share`
 ):
-    "One step of some rows."
+    "One step, or what one of several threads does of it."
     table, scale, places, more = p.embed
     qkv, out, query, back, up, down, heads = p.weights
-    R, (L, D), H, n = b - a, p.same.shape, p.own.shape[3], min(max(p.n - a, 0), b - a)
-    x, h, m, f = p.x[a:b], np.empty((R, D), F4), np.empty((R, D), F4), np.empty((R, p.width), F4)
-    z, q = np.empty((R, 3*D), F4), np.empty((n, D), F4)
-    z_, q_, m_ = z.reshape(R, 3, H, D//H), q.reshape(n, 1, H, D//H), m.reshape(R, H, D//H)
-    src, first, last = h if p.pre else x, 0 if p.pre else 1, len(p.cross[0, 0])
-    c, d = (a, a + n) if last == p.n else (0, 1)
-    embed_step(table, scale, places, more[a:b], codes[a:b], s, x)
-    if p.pre: layer_norm(x, p.norms[0, 0], p.eps, h)
+    x, h, q, n, (L, D) = p.x, p.h, p.q, p.n, p.same.shape
+    z, m, q_ = p.z.reshape(len(x), 3*D), p.m.reshape(len(x), D), q.reshape(n, D)
+    (a, b), (c, d) = share(len(x), part), share(D, part)
+    src, first = (h, 0) if p.pre else (x, 1)
+    embed_step(table, scale, places, more[a:b], codes[a:b], s, x[a:b])
+    if p.pre: layer_norm(x[a:b], p.norms[0, 0], p.eps, h[a:b])
+    meet(p.counts, part)
     for l in range(L):
         w = p.norms[l]
-        matvec(qkv[l], src, z, False)
-        attend_rows(z_, p.own[0, l, a:b], p.own[1, l, a:b], p.table, s, m_)
-        matvec(out[l], m, x, True)
-        layer_norm(x, w[1 - first], p.eps, src)
+        matvec(qkv[l], src, z, False, part)
+        meet(p.counts, part)
+        attend_rows(p.z, p.own[0, l], p.own[1, l], p.table, s, p.m, part)
+        meet(p.counts, part)
+        matvec(out[l], m, x, True, part)
+        meet(p.counts, part)
+        layer_norm(x[a:b], w[1 - first], p.eps, src[a:b])
+        meet(p.counts, part)
         if n:
-            matvec(query[l], src[:n], q, False)
-            attend_rows(q_, p.cross[0, l, c:d], p.cross[1, l, c:d], p.table, s, m_[:n])
-            matvec(back[l], m[:n], x[:n], True)
-        for r in range(n, R):
-            for i in range(D): x[r, i] += p.same[l, i]
-        layer_norm(x, w[2 - first], p.eps, src)
-        matvec(up[l], src, f, False)
-        for r in range(R): activate(f[r], p.gelu)
-        matvec(down[l], f, x, True)
-        layer_norm(x, p.norms[l + 1, 0] if p.pre else w[2], p.eps, src)
-    if not p.pre: layer_norm(x, p.norms[L, 0], p.eps, h)
-    matvec(heads[0], h, p.y[a:b], False)
+            matvec(query[l], src[:n], q_, False, part)
+            meet(p.counts, part)
+            attend_rows(q, p.cross[0, l], p.cross[1, l], p.table, s, p.m[:n], part)
+            meet(p.counts, part)
+            matvec(back[l], m[:n], x[:n], True, part)
+        for r in range(n, len(x)):
+            for i in range(c, d): x[r, i] += p.same[l, i]
+        meet(p.counts, part)
+        layer_norm(x[a:b], w[2 - first], p.eps, src[a:b])
+        meet(p.counts, part)
+        matvec(up[l], src, p.f, False, part)
+        activate(p.f, p.gelu, part)
+        meet(p.counts, part)
+        matvec(down[l], p.f, x, True, part)
+        meet(p.counts, part)
+        layer_norm(x[a:b], p.norms[l + 1, 0] if p.pre else w[2], p.eps, src[a:b])
+        meet(p.counts, part)
+    if not p.pre: layer_norm(x[a:b], p.norms[L, 0], p.eps, h[a:b])
+    meet(p.counts, part)
+    matvec(heads[0], h, p.y, False, part)
 
 # %% ../../nbs/06h_kernel_step.ipynb #ec0661d6
 def numbers(t):
     "The memory of a tensor as an array."
     return t.detach().numpy()
 
-def in_one_block(shapes:list, kind)->list:
+def in_one_block(shapes, kind)->list:
     "New arrays, side by side in memory."
     ends = np.cumsum([0] + [math.prod(s) for s in shapes])
     block = np.empty(ends[-1], kind)
@@ -149,20 +167,20 @@ class KernelStep:
     ):
         self.model, self.cache = model, cache
         B, _, S, _ = cache.self_kv[0].k.shape
+        most = threads or cores()
+        self.ways = [1] + [2**i for i in range(1, 9) if 2**i <= most]
         self.parts = p = self.parts_of(B - free, shared)
         rooms = S, len(p.table), len(p.embed[2]), p.embed[3].shape[1]
         self.S = min(n for n in rooms if n)              # nothing checks where loops read
         self.renew()
-        ways = [1] + [2**i for i in range(1, 9) if 2**i <= min(B, threads or cores())]
-        self.ways = {n: split_rows(B, n) for n in ways}
-        self.pool = ThreadPoolExecutor(max(ways)) if len(ways) > 1 else None
-        self.times, self.threads = {n: [] for n in ways}, 1
+        self.pool = ThreadPoolExecutor(max(self.ways) - 1) if most > 1 else None
+        self.times, self.threads = {n: [] for n in self.ways}, 1
         trial = torch.zeros(B, model.cfg.num_codebooks, dtype=torch.long), 0
         try: self(*trial)                                # loads or compiles
         except Exception:
             forget_code()
             self(*trial)
-        self.threads = max(ways) if threads or not self.pool else None
+        self.threads = max(self.ways) if threads or most < 2 else None
 
 # %% ../../nbs/06h_kernel_step.ipynb #9b623462
 @patch
@@ -180,13 +198,17 @@ def parts_of(self:KernelStep, n:int, shared:bool)->Parts:
     norms = [torch.stack([l.norm1.weight, l.norm2.weight, l.norm3.weight]) for l in layers]
     norms = torch.stack([*norms, dec.norm.weight.expand(3, D)])
     same = [l.cross_attn.out(v[-1, :, 0].reshape(D)) for l, (_, v) in zip(layers, cache.cross_kv)]
+    def rooms(B, n, H=c.nhead):
+        shapes = dict(x=(B, D), h=(B, D), z=(B, 3, H, D//H), q=(n, 1, H, D//H), m=(B, H, D//H),
+                      f=(B, c.dim_feedforward), y=(B, len(m.heads.proj.weight)))
+        return dict(zip(shapes, in_one_block(shapes.values(), F4)))
     return Parts(
         embed=(numbers(m.embed.table.weight), F4(m.embed.scale), places, more),
         weights=packed_weights(m), norms=numbers(norms), eps=F4(dec.norm.eps),
         same=numbers(torch.stack(same)), own=own, cross=cross, n=n,
         table=numbers(rope.table) if rope else np.zeros((own.shape[4], 0, 2), F4),
-        x=np.zeros((own.shape[2], D), F4), y=np.zeros((own.shape[2], len(m.heads.proj.weight)), F4),
-        width=c.dim_feedforward, pre=layers[0].norm_first, gelu=layers[0].ff.act is F.gelu)
+        **rooms(own.shape[2], n), counts=np.zeros((max(self.ways) + 1, 8), int),
+        pre=layers[0].norm_first, gelu=layers[0].ff.act is F.gelu)
 
 @patch
 def renew(self:KernelStep):
@@ -201,13 +223,6 @@ def cores():
     wanted = os.environ.get('OMP_NUM_THREADS', '')
     return min(here, int(wanted)) if wanted.isdecimal() and int(wanted) else here
 
-def split_rows(
-    B:int, # rows
-    n:int, # parts, at most B
-) -> list: # (start, stop) of each
-    "Rows in parts of nearly the same size."
-    ends = [B*i//n for i in range(n + 1)]
-    return list(zip(ends, ends[1:]))
 
 # %% ../../nbs/06h_kernel_step.ipynb #327218a7
 TRIALS = 5 # steps with each number of threads
@@ -222,11 +237,22 @@ def __call__(self:KernelStep,
         raise ValueError(f'the cache has room for {self.S} steps and was asked for step {s}')
     p, codes = self.parts, np.ascontiguousarray(numbers(codes))
     start, n = time.perf_counter(), self.threads or min(self.ways, key=lambda n: len(self.times[n]))
-    others = [self.pool.submit(play_step, p, codes, s, *rows) for rows in self.ways[n][1:]]
-    play_step(p, codes, s, *self.ways[n][0])
-    for o in others: o.result()
+    self.together(n, p, codes, s)
     if not self.threads: self.compare(n, time.perf_counter() - start)
     return torch.from_numpy(p.y.copy()).unflatten(1, self.model.heads.shape)
+
+@patch
+def together(self:KernelStep, n:int, *args):
+    "A step on `n` threads, of which this is the first."
+    counts, others = self.parts.counts, []
+    counts[:] = 0
+    try:
+        for i in range(1, n): others.append(self.pool.submit(play_step, *args, (i, n)))
+        play_step(*args, (0, n))
+    except BaseException:                    # also an interrupt: nobody may wait for this thread
+        counts[-1] = 1
+        raise
+    finally: wait(others)
 
 @patch
 def compare(self:KernelStep, n:int, seconds:float):
