@@ -83,8 +83,6 @@ def steps_bar(
         yield progress
 
 # %% ../nbs/08c_generate_command.ipynb #0bfaf406
-SHOWN = 60 # s of a solo that its picture shows
-
 def write_sound(
     solo_path, # of the solo
     mix_path, # of the solo with its backing
@@ -94,6 +92,9 @@ def write_sound(
     "Write a solo, alone and with its backing; both at the loudness that they are to have."
     write_audio(solo_path, solo)
     write_audio(mix_path, mix_audio(solo, backing))
+
+# %% ../nbs/08c_generate_command.ipynb #44737839
+SHOWN = 60 # s of a solo that its picture shows
 
 def write_plot(
     path, # of the picture
@@ -165,6 +166,7 @@ class FileOptions:
     report:object = None # called with a table of all solos where the best are kept
     again:object = None # called with bars that could be played again, see `suggest_bars`
 
+# %% ../nbs/08c_generate_command.ipynb #32e608fa
 def without_effect(o:FileOptions, model)->list: # lines about options that older versions needed
     "What was asked for and changes nothing."
     said = ['compile: no longer needed, steps are compiled by default']*o.compiled

@@ -136,6 +136,7 @@ def _checked(chart, bpm, choruses, count_in, band): # or `ValueError`
     if seconds > MAX_SECONDS: raise ValueError(
         f'choruses: {seconds:.0f} s of music; a backing has {MAX_SECONDS} s at most')
 
+# %% ../../nbs/12n_backing.ipynb #fd24a33e
 def make_backing(
     chart, # a `Chart`, its text, or a file that holds one
     feel:str=None, # of `FEELS`; the chart's, or the usual one of its meter, when absent

@@ -67,6 +67,7 @@ class SignedBar(NamedTuple):
     behind: tuple = ()
     again: bool = False # whether it is played once more by a repeat
 
+# %% ../../nbs/12m_charts.ipynb #a64600ce
 class SectionReader:
     "Bars of a section while they are read."
     def __init__(self, beats:int): # beats in a bar

@@ -160,6 +160,7 @@ def bars_of(
     thirds = {int(x) for a, b, _ in spans for x in (a, b) if x.denominator % 3 == 0}
     return [_bar(spans, a, b, grid, thirds) for a, b in zip(edges, edges[1:])]
 
+# %% ../../nbs/12p_notation.ipynb #065d12af
 def _bar(spans, a, b, grid, thirds): # pieces between two bar lines
     out, meter = [], (1, 2, 3, 4) if grid.quarters == 1 else (1, 2)
     inside = {t - a for t in thirds}

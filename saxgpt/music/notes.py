@@ -172,6 +172,7 @@ def decode_notes(
         attack = np.vstack([new - struck[t], attack[:-1]]) + TOLERANCE*against[t] + quiet[t]
     return _read_back(before, fresh, ended, -1 if rest < sustain.min() else int(sustain.argmin()))
 
+# %% ../../nbs/12o_notes.ipynb #d35903e3
 def _read_back(before, fresh, ended, k): # notes from the decisions; `k`: the last key, or -1
     notes, t = [], len(ended)
     end = t
@@ -336,6 +337,7 @@ def _meter(truth, beats, downbeats): # beats in a bar, quarters in a beat
     between = between[(between > 0) & (between < 33)]
     return (int(np.bincount(between).argmax()), 1.) if len(between) else (4, 1.)
 
+# %% ../../nbs/12o_notes.ipynb #afd7ee97
 def beat_grid(
     truth:dict, # as in truth.json; beats, downbeats, meter, swing count
     seconds:float, # that the grid is to cover

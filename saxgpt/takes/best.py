@@ -109,6 +109,7 @@ def takes_table(
         lines.append(f'{r["seed"]:<19}{cells}{"  kept" if i < keep else ""}')
     return '\n'.join([*lines, EXPLAINED])
 
+# %% ../../nbs/08d_best_of.ipynb #a3e56b53
 def keep_best(
     solos, # (n, N), 32 kHz: a `Sound`
     x, # the backing (1, M), at least as long

@@ -110,6 +110,7 @@ def chord_weights(
         row[list(c['tones'])] = 1
     return fit
 
+# %% ../../nbs/08f_changes.ipynb #44a4bbf9
 class KnownChords:
     "How well pitch classes fit the chords of a chart."
     def __init__(self,
