@@ -214,6 +214,7 @@ def read_blocks(
     "Open a sound of any length; raises `AudioError` as `read_audio` does."
     return Stream(path, sr, mono, block_s, seconds)
 
+# %% ../nbs/11_audio.ipynb #eeab3086
 def probe(
     path, # any audio file
 )->dict: # seconds, sr (Hz), channels, peak, fingerprint (see `same_sound`)

@@ -35,6 +35,7 @@ def split_of(
     u = _place(recording, seed)
     return 'test' if u < test else 'val' if u < test+val else 'train'
 
+# %% ../../nbs/05b_splits.ipynb #cecf7c12
 def splits_of(
     recordings, # ids
     seed:int=67, test:float=.1, val:float=.1, # as in `split_of`

@@ -134,6 +134,7 @@ def round_robin(recordings)->np.ndarray: # of each window -> indices of windows
         seen[r] += 1
     return np.argsort(turn, kind='stable')
 
+# %% ../../nbs/09h_test_set.ipynb #df45efae
 def sample_windows(recordings:list, n:int, seed:int=0)->tuple: # window numbers, their partners'
     "Windows from as many recordings as there are, each with one of another recording."
     order = np.random.default_rng(seed).permutation(len(recordings))
@@ -206,6 +207,7 @@ def start_of(clip:dict)->float:
     parts = str(clip.get('clip', '')).split('-')
     return int(parts[-2])/1000 if len(parts) > 2 and parts[-2].isdigit() else 0.
 
+# %% ../../nbs/09h_test_set.ipynb #cf219b48
 def truth_at(tests:TestSet, i:int)->tuple:
     "The truth of a window's recording or None, where the window begins in it (s), and its title."
     clip, first, _ = tests.place(i)

@@ -52,6 +52,7 @@ class WorldSpec(NamedTuple):
     pools: tuple              # of `make_pool`, by turns
     kinds: tuple = ('clean',) # of recording, by turns
 
+# %% ../../nbs/09f_worlds.ipynb #3f70b3eb
 def make_worlds(fonts=None, use:str='validate')->dict: # fonts: a folder; use: or 'test'
     "All worlds whose fonts are there, by their names."
     all_, held = {k: trained(k) for k in ('feels', 'bands')}, HELD_BACK[use]

@@ -125,6 +125,7 @@ class Piece(NamedTuple):
     midi: object     # None: a rest
     tie: str = ''    # start, continue, stop
 
+# %% ../../nbs/12p_notation.ipynb #e00ad295
 _HALVES = Fraction(3, 4), Fraction(1, 2), Fraction(1, 4), Fraction(1, 8)
 _THIRDS = Fraction(2, 3), Fraction(1, 3), Fraction(1, 6)
 

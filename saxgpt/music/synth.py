@@ -92,6 +92,7 @@ class Envelope(NamedTuple):
     sustain: float  # 0..1: dB below the top, by 100, or share of the modulation that is gone
     release: float  # s, for 100 dB
 
+# %% ../../nbs/12b_synth.ipynb #c6ac929d
 def envelope_of(
     gen, # values of the generators
     key:int, # MIDI key

@@ -169,6 +169,7 @@ def _flac(f, start, stop):
     return Part(start, end if end > 0 else stop,
         samples=_int(h[21:26], 'big') & (2**36 - 1) if len(h) == 42 else 0)
 
+# %% ../../nbs/11a_containers.ipynb #bd7d4d84
 def _ogg(f, start, stop):
     "The part that an Ogg file begins with."
     at, first, seen, lost, last = start, True, {}, 0, 0
@@ -286,6 +287,7 @@ def _ebml(f, start, stop):
     end = _element(f, segment)[1] if segment and segment < stop else None
     return Part(start, min(end or stop, stop), missing=max(0, (end or stop) - stop))
 
+# %% ../../nbs/11a_containers.ipynb #d0dd3e52
 _ASF = b'\x30\x26\xb2\x75\x8e\x66\xcf\x11'
 
 def _asf(f, start, stop):

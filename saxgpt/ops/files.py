@@ -341,6 +341,7 @@ def write_tensors(
         except SafetensorError as e: raise WriteError(f'{path}: cannot be written ({e})') from None
         _sort_header(p)
 
+# %% ../../nbs/10a_files.ipynb #b5df7aa9
 def _sort_header(path):
     "Rewrite a safetensors header in place with its keys in order."
     with open(path, 'r+b') as f:

@@ -225,6 +225,7 @@ def crossfade(
     r = max(0., float((old*new).sum()/power)) if power > 1e-9 else 1.
     return ((1 - w)*old + w*new)/np.sqrt((1 - w)**2 + w**2 + 2*r*w*(1 - w))
 
+# %% ../../nbs/08e_redo.ipynb #3c876c60
 def overlay(
     x, # (1, N), an array or a `Sound`
     new:np.ndarray, # (1, n)
