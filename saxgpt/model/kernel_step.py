@@ -370,10 +370,13 @@ class KernelSampler(Sampler):
     def draw(self, logits, temperature, top_k, top_p, generators):
         if temperature < 1e-6 or 0 < top_p < 1:
             return super().draw(logits, temperature, top_k, top_p, generators)
-        u = torch.empty(logits.shape, dtype=torch.float64)
+        x = logits/temperature
+        if not x.max() < torch.inf:                          # infinite, or no number: it wins
+            return super().draw(logits, temperature, top_k, top_p, generators)
+        u = torch.empty(x.shape, dtype=torch.float64)
         for row, g in zip(u, generators): row.uniform_(generator=g)
         codes = torch.empty(logits.shape[:2], dtype=torch.long)
-        draw_codes(numbers(logits/temperature), numbers(u), top_k, numbers(codes))
+        draw_codes(numbers(x), numbers(u), top_k, numbers(codes))
         return codes
 
 def warm_up():
