@@ -10,10 +10,12 @@ __all__ = ['FAST', 'KERNELS', 'ALL', 'SPINS', 'WIDTH', 'EXP2', 'kernel', 'forget
 # %% ../../nbs/06f_kernels.ipynb #5cffc790
 import math, platform
 import numpy as np, torch, torch.nn.functional as F
+from contextlib import suppress
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import config, njit, types
 from numba.core import cgutils
+from numba.core.caching import NullCache
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -30,8 +32,11 @@ def kernel(f):
     return f
 
 def forget_code():
-    "Compile all kernels anew when they are called: files that keep them may be damaged."
-    for f in KERNELS: f._cache.flush()
+    """Compile all kernels anew when they are called, and keep none of them: files may be damaged,
+    or the disk full."""
+    for f in KERNELS:
+        with suppress(OSError): f._cache.flush()
+        f._cache = NullCache()
 
 # %% ../../nbs/06f_kernels.ipynb #3f1d0c02
 ALL = 0, 1 # the only part
