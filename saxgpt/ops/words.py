@@ -89,11 +89,13 @@ def how_to_run(
     try:
         found, home = shutil.which('saxgpt'), os.path.dirname(sys.executable)
         ours = found and os.path.dirname(os.path.realpath(found)) == os.path.realpath(home)
-        script = sys.orig_argv[1:2] # `.venv/bin/saxgpt`, where that was typed
-        if not ours and [os.path.splitext(os.path.basename(s))[0] for s in script] == ['saxgpt']:
-            return f'{shlex.quote(script[0])} {command}'
-        program = os.path.relpath(sys.executable)
-        if not ours and not program.startswith(os.pardir):
+        if ours: return f'saxgpt {command}'
+        program, script, module = (*sys.orig_argv, '', '')[:3]         # what was typed
+        if os.path.splitext(os.path.basename(script))[0] == 'saxgpt':
+            return f'{shlex.quote(script)} {command}'
+        if script != '-m' or module.partition('.')[0] != 'saxgpt':
+            program = os.path.join('.', os.path.relpath(sys.executable))
+        if not program.startswith(os.path.join('.', os.pardir)):
             return f'{shlex.quote(program)} -m saxgpt {command}'
     except (OSError, ValueError, TypeError): pass  # no current folder, another drive, no program
     return f'saxgpt {command}'
