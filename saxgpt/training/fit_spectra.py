@@ -111,12 +111,13 @@ def resume_fit(
 )->int: # steps that were made, 0 where the same run has written nothing
     "Read it back; raises `ValueError` when it is damaged."
     if not state.exists(): return 0
-    try: parts = torch.load(state, weights_only=True)
+    try:
+        parts = torch.load(state, weights_only=True)
+        if parts['run'] != run: return 0
+        net.load_state_dict(parts['net'])
+        opt.load_state_dict(parts['opt'])
+        return parts['step']
     except Exception: raise ValueError(f'{state}: is damaged; delete it to begin anew') from None
-    if parts['run'] != run: return 0
-    net.load_state_dict(parts['net'])
-    opt.load_state_dict(parts['opt'])
-    return parts['step']
 
 # %% ../../nbs/04d_spectra_training.ipynb #58b39987
 def _begin(net, first, start): # with another codec's network
