@@ -10,6 +10,7 @@ __all__ = ['F4', 'TRIALS', 'embed_step', 'Parts', 'activate', 'play_step', 'numb
 import math, os, statistics, time
 import numpy as np, torch, torch.nn.functional as F
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from fastcore.basics import patch
 from numba import config
 from torch import Tensor
@@ -246,13 +247,18 @@ def together(self:KernelStep, n:int, *args):
     "A step on `n` threads, of which this is the first."
     counts, others = self.parts.counts, []
     counts[:] = 0
+    @contextmanager
+    def missed():                            # also where interrupted: nobody may wait for a thread
+        try: yield                           # that does not come
+        except BaseException:
+            counts[-1] = 1
+            raise
     try:
-        for i in range(1, n): others.append(self.pool.submit(play_step, *args, (i, n)))
-        play_step(*args, (0, n))
-    except BaseException:                    # also an interrupt: nobody may wait for this thread
-        counts[-1] = 1
-        raise
+        with missed():
+            for i in range(1, n): others.append(self.pool.submit(missed()(play_step), *args, (i, n)))
+            play_step(*args, (0, n))
     finally: wait(others)
+    for o in others: o.result()
 
 @patch
 def compare(self:KernelStep, n:int, seconds:float):
