@@ -68,10 +68,11 @@ def observe(context, a): # a[0], before anything that is read after
 @intrinsic
 def pause(context): # let the other thread of this core have its units for a moment
     def build(context, b, sig, args):
-        arm, i32 = platform.machine().lower() in ('arm64', 'aarch64'), ir.IntType(32)
-        name, args = ('llvm.aarch64.hint', [i32(1)]) if arm else ('llvm.x86.sse2.pause', [])
+        arm, x86 = ('llvm.aarch64.hint', [ir.IntType(32)(1)]), ('llvm.x86.sse2.pause', [])
+        known = dict(arm64=arm, aarch64=arm, x86_64=x86, amd64=x86)
+        name, args = known.get(platform.machine().lower(), ('', []))
         kind = ir.FunctionType(ir.VoidType(), [a.type for a in args])
-        b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
+        if name: b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
         return context.get_dummy_value()
     return types.void(), build
 
@@ -79,7 +80,8 @@ def pause(context): # let the other thread of this core have its units for a mom
 def give_way(context): # let others have the core
     def build(context, b, sig, args):
         kind = ir.FunctionType(ir.IntType(32), [])
-        b.call(cgutils.get_or_insert_function(b.module, kind, 'sched_yield'), [])
+        if platform.system() != 'Windows':   # which has none
+            b.call(cgutils.get_or_insert_function(b.module, kind, 'sched_yield'), [])
         return context.get_dummy_value()
     return types.void(), build
 
