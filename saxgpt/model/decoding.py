@@ -265,16 +265,13 @@ def new_step(self:Window, model:SaxGPT, memory)->Step:
 @patch
 def logits(self:Window, s:int)->Tensor: # (n, K, 2048)
     "Guided logits of what follows step `s`."
-    new = self.first if s == self.begin else self.step(self.both(self.tokens[:, :, s]), s)
+    new = self.first.clone() if s == self.begin else self.step(self.both(self.tokens[:, :, s]), s)
     new, control = new.float(), self.control
     if self.guidance != 1:
         cond, free = new.chunk(2)
-        new = free + (control.guidance if control else self.guidance)*(cond - free)
-    if control and control.bias is not None:
-        new = torch.cat([new[:, :1] + control.bias[:, None], new[:, 1:]], 1)
-    if self.steer:
-        first = self.steer(new[:, 0], self.start + s, self.tokens[:, 0, s])
-        new = torch.cat([first[:, None], new[:, 1:]], 1)
+        new = cond.sub_(free).mul_(control.guidance if control else self.guidance).add_(free)
+    if control and control.bias is not None: new[:, 0] += control.bias
+    if self.steer: new[:, 0] = self.steer(new[:, 0], self.start + s, self.tokens[:, 0, s])
     return new
 
 @patch

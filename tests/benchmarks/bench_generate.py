@@ -15,7 +15,7 @@ import time
 import warnings
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument('--sizes', nargs='+', default=['small', 'medium'])
+parser.add_argument('--sizes', nargs='+', default=['demo', 'small', 'medium'], help='names of configs; demo: the bundled model')
 parser.add_argument('--batches', nargs='+', type=int, default=[1, 8])
 parser.add_argument('--frames', type=int, default=1500, help='of the tune; a step has half of them before it')
 parser.add_argument('--threads', type=int, default=min(2, os.cpu_count() or 1))
