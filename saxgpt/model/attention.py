@@ -9,6 +9,7 @@ __all__ = ['reference_attention', 'pick_backend', 'attention', 'KVCache', 'Multi
 import math, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
+from .half_attention import attend_by_products, products_pay
 
 # %% ../../nbs/06a_attention.ipynb #55106ac0
 def reference_attention(
@@ -32,9 +33,10 @@ try: from flash_attn import flash_attn_func
 except Exception: flash_attn_func = None     # not installed, or built for another torch
 
 # %% ../../nbs/06a_attention.ipynb #d0373ff4
-def pick_backend(q, mask):
-    "The fastest backend: 'flash', 'sdpa', or 'plain', which it is for one query on a CPU."
+def pick_backend(q, k, mask=None, dropout=0.):
+    "The fastest of 'flash', 'sdpa', 'products' (in bf16 on a CPU) and 'plain' (for one query there)."
     if q.shape[2] == 1 and not q.is_cuda: return 'plain'
+    if products_pay(q, k, mask, dropout): return 'products'
     half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     if flash_attn_func and mask is None and half and q.shape[-1] <= 256: return 'flash'
     return 'sdpa' if hasattr(F, 'scaled_dot_product_attention') else 'plain'
@@ -43,8 +45,9 @@ def attention(q, k, v, mask=None, causal=False, dropout=0.,
     backend:str=None, # one of those of `pick_backend`; None: the fastest
 ) -> Tensor: # (B, H, S, D/H)
     "Attention as in `reference_attention`, by the fastest backend."
-    backend = backend or pick_backend(q, mask)
+    backend = backend or pick_backend(q, k, mask, dropout)
     if backend == 'plain': return reference_attention(q, k, v, mask, causal, dropout)
+    if backend == 'products': return attend_by_products(q, k, v, causal)
     if backend == 'flash':
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return flash_attn_func(q, k, v, dropout_p=dropout, causal=causal).transpose(1, 2)

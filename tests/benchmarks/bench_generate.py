@@ -15,7 +15,7 @@ import time
 import warnings
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument('--sizes', nargs='+', default=['demo', 'small', 'medium'], help='names of configs; demo: the bundled model')
+parser.add_argument('--sizes', nargs='*', default=['demo', 'small', 'medium'], help='names of configs; demo: the bundled model')
 parser.add_argument('--batches', nargs='+', type=int, default=[1, 8])
 parser.add_argument('--frames', type=int, default=1500, help='of the tune; a step has half of them before it')
 parser.add_argument('--threads', type=int, default=min(2, os.cpu_count() or 1))
@@ -40,6 +40,7 @@ from saxgpt.model.decoding import (GraphStep, SilenceControl, Step, Window, half
 from saxgpt.model.transformer import SaxGPT, next_step_loss  # noqa: E402
 from saxgpt.sampling import DEFAULT_SAMPLING, Sampler  # noqa: E402
 from saxgpt.takes.changes import hold_to_changes  # noqa: E402
+from saxgpt.training.throughput import has_bf16  # noqa: E402
 
 torch.set_num_threads(args.threads)
 torch.manual_seed(0)
@@ -164,8 +165,9 @@ def playing(out, keep):
 def learning(out):
     "Forward and backward, batch 4 of 1,504 steps (of 304 on a CPU), against torch.nn.Transformer with the same embedding and heads around it."
     S = 1504 if gpu else 304
-    print(f'\nlearning: ms of forward and backward, 4 x {S} steps' + (', bfloat16' if gpu else ''))
-    print(f'{"size":8}{"ours":>10}{"torch.nn":>10}{"ratio":>8}' + (f'{"TFLOP/s":>10}{"MFU":>8}' if gpu else ''))
+    kinds = dict(ours=gpu) | (dict(bf16=True) if not gpu and has_bf16() else {})
+    print(f'\nlearning: ms of forward and backward, 4 x {S} steps, ' + ('bfloat16' if gpu else 'float32, and ours in bfloat16 where the processor has it'))
+    print(f'{"size":8}' + ''.join(f'{k:>10}' for k in kinds) + f'{"torch.nn":>10}{"ratio":>8}' + (f'{"TFLOP/s":>10}{"MFU":>8}' if gpu else ''))
     for size in args.train_sizes:
         model = model_of(size).train()
         c, backing, lead = model.cfg, codes(4, 4, S), codes(4, 4, S)
@@ -173,20 +175,25 @@ def learning(out):
         twin = nn.Transformer(c.d_model, c.nhead, c.num_encoder_layers, c.num_decoder_layers, c.dim_feedforward, 0., c.activation,
                               norm_first=True, bias=False, batch_first=True).to(dev).train()
 
-        def whole(logits):
+        def whole(loss, half):
             def run():
-                with torch.autocast(dev.type, torch.bfloat16, enabled=gpu): loss = next_step_loss(logits(), lead, valid)[0]
-                loss.backward()
+                with torch.autocast(dev.type, torch.bfloat16, enabled=half): loss()[0].backward()
                 for m in (model, twin): m.zero_grad()
             return run
-        t = medians(dict(ours=whole(lambda: model(backing, lead)),
-                         twin=whole(lambda: model.heads(twin(model.embed_steps(backing), model.embed_steps(lead), tgt_mask=future, tgt_is_causal=True)))))
+
+        def ours():
+            if gpu: return next_step_loss(model(backing, lead), lead, valid)
+            return next_step_loss(model(backing, lead, False, False), lead, valid, model.heads)      # as the training loop does
+
+        def theirs():
+            return next_step_loss(model.heads(twin(model.embed_steps(backing), model.embed_steps(lead), tgt_mask=future, tgt_is_causal=True)), lead, valid)
+        t = medians({k: whole(ours, half) for k, half in kinds.items()} | dict(twin=whole(theirs, gpu)))
         # 6 x weights x steps for the matrices (Kaplan et al. 2020), 12 x layers x S^2 x D for attention, of which the causal one is half
         attention = 12*S*S*c.d_model*(c.num_encoder_layers + 1.5*c.num_decoder_layers)
         matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and 'table' not in n)
         flops = 4*(6*matrices*S + attention)
         mfu = f'{flops/t["ours"]/1e12:10.1f}{flops/t["ours"]/989e12:8.1%}' if gpu else ''
-        print(f'{size:8}{1e3*t["ours"]:10.1f}{1e3*t["twin"]:10.1f}{t["twin"]/t["ours"]:7.2f}x' + mfu, flush=True)
+        print(f'{size:8}' + ''.join(f'{1e3*v:10.1f}' for v in t.values()) + ' '.join(f'{t["twin"]/t[k]:7.2f}x' for k in kinds) + mfu, flush=True)
         out[size] = t | dict(flops=flops)
     if gpu: print('MFU over 989 TFLOP/s, the dense bfloat16 peak of an H100 SXM')
 
