@@ -238,7 +238,12 @@ def __call__(self:KernelStep,
     p, codes = self.parts, np.ascontiguousarray(numbers(codes))
     if s % AGAIN == 0: self.try_threads()
     start, n = time.perf_counter(), self.threads or min(self.ways, key=lambda n: len(self.times[n]))
-    self.together(n, p, codes, s)
+    try: self.together(n, p, codes, s)
+    except RuntimeError:                     # as where the system gives no further thread
+        if n == 1: raise
+        self.threads = 1
+        self.pool.shutdown(cancel_futures=True)
+        self.together(1, p, codes, s)
     if not self.threads: self.compare(n, time.perf_counter() - start)
     return torch.from_numpy(p.y.copy()).unflatten(1, self.model.heads.shape)
 
