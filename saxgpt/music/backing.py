@@ -42,8 +42,8 @@ def choose_feel(
                                        f'in {time}, where there are {", ".join(able)}; '
                                        f'or begin it with a line time: {FEELS[name].signature}')
     near = difflib.get_close_matches(name, FEELS, 1)
-    hint = f'did you mean {near[0]}? ' if near else ''
-    raise ValueError(f'feel: there is no {name!r}; {hint}There are {", ".join(FEELS)}')
+    hint = f'did you mean {near[0]}? It' if near else 'it'
+    raise ValueError(f'feel: there is no {name!r}; {hint} is one of {", ".join(FEELS)}')
 
 # %% ../../nbs/12n_backing.ipynb #a1c73c88
 MAX_SECONDS = 900 # of a backing

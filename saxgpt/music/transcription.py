@@ -160,8 +160,9 @@ def beats_of_backing(
     "Track the beats."
     _, e = onset_curve(x)
     if not e.any(): return np.zeros(0)
-    def track(**tempo): return librosa.beat.beat_track(
-        onset_envelope=e, sr=16_000, hop_length=320, units='time', trim=False, **tempo)[1] - LATENCY
+    def track(**tempo):
+        how = dict(onset_envelope=e, sr=16_000, hop_length=320, units='time', trim=False)
+        return np.maximum(librosa.beat.beat_track(**how, **tempo)[1] - LATENCY, 0)
     beats = track(start_bpm=bpm or 180.)
     if bpm or len(beats) < 16: return beats
     tracked = 60/np.median(np.diff(beats))

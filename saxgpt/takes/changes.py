@@ -423,8 +423,9 @@ def from_chart(self:Harmony):
     if not found or not found['chords']:
         self.say('no place for it was found in this recording; it is not used')
         return {}
-    self.say(f'{found["bpm"]:.0f} beats a minute, first bar at '
-             f'{found["chords"][0]["start"]:.1f} s, {found["choruses"]:.1f} choruses')
+    first, times = (round(x, 1) + 0. for x in (found['chords'][0]['start'], found['choruses']))
+    self.say(f'found in the recording: {found["bpm"]:.0f} beats a minute, '
+             f'first bar at {first:.1f} s, choruses: {times:g}')
     if line := misfit(found): self.say(line)
     if len(bars) and not bars_apart(self.chart, found['beats'], bars).any():
         self.say('its bars are not as long as those that are known of the recording')
