@@ -187,10 +187,15 @@ def check_compiler()->str:
     return f'{shutil.which(name)} compiles'
 
 def check_browser()->str:
-    "Whether there is a browser for the tests of the report."
+    "Whether Python opens a browser, as the studio does, and one is there for tests of the pages."
+    import webbrowser
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not found: raise Absent('none; only the tests of the report use one: apt install chromium')
-    return found
+    tests = f'tests of the pages use {found}' if found else (
+        'only tests of the pages need one: apt install chromium')
+    try: webbrowser.get()
+    except webbrowser.Error: raise Absent(
+        f'none can be opened from here; the studio prints its address instead; {tests}') from None
+    return f'the studio opens one; {tests}'
 
 # %% ../nbs/15a_doctor.ipynb #99db1fda
 def _writable(folder):

@@ -485,6 +485,7 @@ def studio_notebook(
 def _arguments(path, port, browser): # of JupyterLab
     return ['-m', 'jupyterlab', f'--ServerApp.root_dir={path.parent.absolute()}',
             '--ServerApp.ip=127.0.0.1', '--LabApp.extension_manager=readonly',
+            '--log-level=ERROR', '-y',           # only the address; Ctrl-C ends it without a question
             f'--LabApp.default_url=/doc/tree/{quote(path.name)}',
             *[f'--ServerApp.port={port}']*(port is not None), *['--no-browser']*(not browser),
             *['--allow-root']*(hasattr(os, 'geteuid') and os.geteuid() == 0)]
@@ -506,5 +507,7 @@ def main(
     call = f'studio({backing!r}, checkpoint={checkpoint!r}, folder={folder!r})'
     try: path = studio_notebook(Path.cwd(), call)
     except OSError: path = studio_notebook(tempfile.mkdtemp(prefix='saxgpt-'), call)
-    tell(f'studio: {path}')
+    tell(f'studio: {path}\n'
+         'Open the address below if no page opens by itself, and press Shift and Enter once. '
+         'Ctrl-C ends the studio.')
     os.execv(sys.executable, [sys.executable, *_arguments(path, port, not no_browser)])
