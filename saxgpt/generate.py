@@ -11,7 +11,6 @@ __all__ = ['SHOWN', 'out_paths', 'steps_bar', 'write_sound', 'write_plot', 'writ
 import math, os, shlex, time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,8 +125,9 @@ def write_solos(
     x, # the backing (1, M), at least as long
     harmony:Harmony, # of the backing: asked when all sound is written
     names:list, # titles of the pictures
-    notes=(), # functions of solo and `describe` that write the notes of each
+    notes=(), # MIDI file and score of each, see `notes_paths`; none are written when absent
     redone:list=None, # (start, stop), s, of takes that keep their level; None: these are new
+    instrument:str='concert', # that the notes are for, see `notes_paths`
 ) -> list: # the paths; the plot is None where it could not be drawn
     "Write solos, mixes, notes and pictures; raises `KeyboardInterrupt` where playing was interrupted."
     cut, x = solos.shape[1] < x.shape[1], x.part(n=solos.shape[1])
@@ -135,11 +135,13 @@ def write_solos(
     if redone is None: solos = [normalize_loudness(s) for s in solos]
     x, rows = normalize_loudness(x), []
     for row, solo in zip(paths, solos): write_sound(*row[:2], solo, x)
-    heard = [write(solo, lambda: harmony.truth) for write, solo in zip(notes, solos)]
+    heard = [write_notes(more, solo, lambda: harmony.truth, instrument=instrument)
+             for more, solo in zip(notes, solos)]
     for row, solo, name, line in zip(paths, solos, names, heard or [None]*len(solos)):
         drawn = write_plot(row[2], solo, x, harmony, name, redone or (), line)
         rows.append((*row[:2], row[2] if drawn else None))
-    kept = ', '.join(str(p) for row in rows for p in row if p)
+    each = zip(rows, notes or [()]*len(rows))
+    kept = ', '.join(str(p) for row, more in each for p in (*row, *more) if p and p.is_file())
     if cut: raise KeyboardInterrupt(f'the first {x.shape[1]/SAMPLE_RATE:.1f} s are kept: {kept}')
     if len(rows) < len(paths):
         raise KeyboardInterrupt(f'{len(rows)} of {len(paths)} solos are kept: {kept}')
@@ -164,7 +166,7 @@ class FileOptions:
     progress:bool = True # show a bar
     keep:int = None # write only so many of the solos, those that fit best; None: all
     report:object = None # called with a table of all solos where the best are kept
-    again:object = None # called with bars that could be played again, see `suggest_bars`
+    again:object = None # called with bars to play again, see `suggest_bars`, and the guidance
 
 # %% ../nbs/08c_generate_command.ipynb #32e608fa
 def without_effect(o:FileOptions, model)->list: # lines about options that older versions needed
@@ -239,13 +241,12 @@ def place_outputs(
     given:tuple, # the names that the user gave for these three, or None
     inputs:tuple, # files that are read and must stay as they are
     o:FileOptions,
-) -> tuple: # the same paths, resolved; a function for each solo's notes, see `write_solos`
+) -> tuple: # the same paths, resolved; those of each solo's notes
     "Where everything goes; raises `ValueError` where that would cost an input."
     named = [len(paths) == 1 and bool(p) for p in given]   # others follow from `out`
-    notes = [[output_path(p, *inputs, named=False)
-              for p in notes_paths(row[0], o.score, o.instrument)] for row in paths]
-    notes = [partial(write_notes, row, instrument=o.instrument) for row in notes]
-    return [[output_path(p, *inputs, named=k) for p, k in zip(row, named)] for row in paths], notes
+    notes = [notes_paths(row[0], o.score, o.instrument) for row in paths]
+    placed = [[output_path(p, *inputs, named=k) for p, k in zip(row, named)] for row in paths]
+    return placed, [[output_path(p, *inputs, named=False) for p in row] for row in notes]
 
 # %% ../nbs/08c_generate_command.ipynb #0c5e7a14
 def play_inputs(
@@ -297,8 +298,10 @@ def generate_file(
         if o.report: o.report(table)
     name = 'the demo backing' if str(backing) == 'demo' else i.path.name
     titles = [f'{name}, seed {s}' for s in seeds]
-    written = write_solos(paths, solos, i.sound, i.harmony, titles, notes, i.ranges)
-    if o.again: o.again(suggest_bars(i.harmony.bars, i.sound.shape[1]/SAMPLE_RATE))
+    written = write_solos(paths, solos, i.sound, i.harmony, titles, notes, i.ranges, o.instrument)
+    if o.again:
+        bars = suggest_bars(i.harmony.bars, i.sound.shape[1]/SAMPLE_RATE)
+        o.again(bars, settings['guidance'])
     return written
 
 # %% ../nbs/08c_generate_command.ipynb #562b7ab5
@@ -309,13 +312,15 @@ def print_summary(
     notes=(), # MIDI files and scores beside them
     backing='my-track.mp3', # what was played over
     again:str='1-2', # bars of it that there are, and further words of the command
+    guidance:float=2., # that it was played with
 ): # prints
     "Where the solos are and how to go on."
     files = [pair for row in paths for pair in zip(('solo', 'mix', 'picture'), row) if pair[1]]
     files += [('score' if p.suffix == '.musicxml' else 'notes', p) for p in notes if p.is_file()]
     for what, p in files: print(f'{what:8} {p}')
-    print(f'Done in {took:.0f} s. Other solos: --seed {seed}, several at once: --n 3, '
-          'more weight on the backing: --guidance 3.')
+    advice = f'Other solos: --seed {seed}, several at once: --n 3'
+    if guidance < 4: advice += f', more weight on the backing: --guidance {guidance + 1:g}'
+    print(f'Done in {took:.0f} s. {advice}.')
     here, solo, quote = how_to_run('generate'), paths[0][0], lambda p: shlex.quote(str(p))
     print(f'Some bars of it again:  {here} {quote(backing)} --take {quote(solo)} --redo {again} '
           f'-o {quote(solo.with_stem(solo.stem + "-again"))}')
@@ -369,15 +374,16 @@ def main(
     codec:str=None, # name or folder of the codec; the one that the checkpoint names when absent
 ):
     "Play a saxophone solo over a backing track."
-    t0, again = time.time(), []
+    t0, played = time.time(), []
     play = dict(temperature=temperature, guidance=guidance, density=density)
     paths = generate_file(backing, output, mix, plot, checkpoint, seed, n, seconds=seconds,
         keep=keep, report=print, codec=codec, prompt=prompt, take=take, redo=redo, tuning=tuning,
-        light=light, compiled=compile, top_k=top_k, top_p=top_p, score=score, again=again.append,
-        instrument=instrument, chart=chart, stay_on_changes=stay_on_changes, **play)
+        light=light, compiled=compile, top_k=top_k, top_p=top_p, score=score,
+        again=lambda *found: played.extend(found), instrument=instrument, chart=chart, stay_on_changes=stay_on_changes, **play)
     notes = [p for r in out_paths(output, mix, plot, len(paths)) for p in notes_paths(r[0], score)]
     heard = dict(seconds=seconds, chart=chart, tuning=tuning, codec=codec,
                  checkpoint=None if checkpoint == 'bundled' else checkpoint)
     more = [f' --{k} {shlex.quote(str(v))}' for k, v in heard.items() if v is not None]
-    again = [''.join([bars, *more]) for bars in again]           # over the same, by the same
-    print_summary(paths, time.time() - t0, seed + n, notes, backing, *again)
+    bars, guided = played
+    again = ''.join([bars, *more])                               # over the same, by the same
+    print_summary(paths, time.time() - t0, seed + n, notes, backing, again, guided)

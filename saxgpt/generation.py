@@ -19,6 +19,7 @@ from .audio import Sound, TempAudio, in_blocks, normalize_loudness, resampled
 from .codecs.base import CodecError
 from .model.decoding import one_thread, play_codes
 from .model.transformer import SaxGPT
+from .ops.words import notify
 
 # %% ../nbs/08_generation.ipynb #a40b0012
 def retune(
@@ -156,6 +157,7 @@ def generate(
                 if progress: progress(done)
         except KeyboardInterrupt:
             if not done: raise
+            notify('interrupted; what has been played is being finished')
         finally: blocks.put(None)
         sound.result()
     return solos

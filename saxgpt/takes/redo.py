@@ -20,6 +20,7 @@ from ..generation import BACKING_LUFS, LazyEncoder, decode_stream
 from ..model.decoding import play_codes, single_thread_if_small
 from ..model.transformer import SaxGPT
 from ..music.transcription import onsets_of, pitch_track
+from ..ops.words import notify
 from ..patterns import delay
 
 # %% ../../nbs/08e_redo.ipynb #47a00777
@@ -369,6 +370,7 @@ def redo_solos(
         try: solos.append(redo(model, codec, backing, take, ranges, seed, report, **settings))
         except KeyboardInterrupt:
             if not solos: raise
+            notify('interrupted; what has been played is being finished')
             break
     def make(a, b): return np.concatenate([s[:, a:b] for s in solos])
     return Sound((len(solos), backing.shape[1]), make)
