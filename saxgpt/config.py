@@ -308,13 +308,18 @@ def parse(
     kind:type[Section], # `DataConfig`, `RunConfig` or a section
     values:dict, # the keys as read from YAML
     source:str='config', # file name for messages
+    typed=(), # dotted keys that were given on the command line
 )->Section: # a frozen config
     "Check `values`; raises `ConfigError` with a line per mistake."
     if not isinstance(values, dict): raise ConfigError(
         f'{source}: given {type(values).__name__}; a config is a list of `key: value` lines')
     try: return kind.model_validate(current_keys(values)[0])
     except ValidationError as e:
-        raise ConfigError('\n'.join(f'{source}: {explain(kind, m)}' for m in e.errors())) from None
+        def blamed(key):
+            here = any(f'{key}.'.startswith(f'{OLD_KEYS.get(k, k)}.') for k in typed)
+            return 'command line' if here else source
+        raise ConfigError('\n'.join(f'{blamed(".".join(map(str, m["loc"])))}: {explain(kind, m)}'
+                                    for m in e.errors())) from None
 
 # %% ../nbs/10_config.ipynb #5027a836
 def configs_dir()->Path:
@@ -373,7 +378,8 @@ def load_config(
     values, given = current_keys(override(values, overrides))        # which count more than the file
     if old := ', '.join(f'{k} is {OLD_KEYS[k]}' for k in old + given):
         tell(f'{path}: old names still work, but there are new ones: {old}')
-    return parse(kind, values, str(path))
+    typed = [text.partition('=')[0].strip() for text in overrides]
+    return parse(kind, values, str(path), typed)
 
 def to_dict(
     cfg:Section, # any section
