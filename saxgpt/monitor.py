@@ -189,7 +189,7 @@ def headline(
     return '; '.join(out)
 
 # %% ../nbs/07e_monitor.ipynb #e58b5a47
-REFERENCES = {'uniform guessing': math.log(2048), "the original's": 4.40}
+REFERENCES = {'uniform guessing': math.log(2048)}
 COLUMNS = dict(lr=('lr', '9.2e'), grad_norm=('grad', '7.2f'), # heading, form
                frames_per_s=('frames/s', '10,.0f'), mfu=('MFU', '7.1%'), data_wait=('wait', '6.1%'), memory_gb=('GB', '6.1f'),
                skipped=('skipped', '8.0f'), sampled=('own', '6.1%'))
@@ -268,7 +268,8 @@ def curve(
 ):
     "Draw one column."
     x, y, low, high = thin(curves['step'], curves[name]*scale)
-    ax.plot(x, y, **style)
+    alone = dict(marker='.') if np.isfinite(y).sum() == 1 else {}   # a line needs two points
+    ax.plot(x, y, **alone | style)
     if len(x) < len(curves): ax.fill_between(x, low, high, color=style['color'], alpha=.15, lw=0)
 
 # %% ../nbs/07e_monitor.ipynb #2910173b
@@ -291,7 +292,8 @@ def plot_losses(ax, run:Run):
     for step, _ in run.begun[-30:]:
         if step: ax.axvline(step, color='.6', lw=.6, ls=':')
     ax.set(xlabel='step', ylabel='cross-entropy, nats')
-    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=8, loc='lower left', ncols=2)
+    if ax.get_legend_handles_labels()[0]: ax.legend(
+        fontsize=7, loc='lower left', bbox_to_anchor=(0, 1), ncols=5, frameon=False)
 
 # %% ../nbs/07e_monitor.ipynb #55bca2d6
 # column, label, factor, least top
@@ -327,8 +329,9 @@ def plot_run(
     fig.clear()
     title = headline(run) if state(run) != 'waiting' else f'waiting for {run.path}'
     fig.suptitle(title, fontsize=9, wrap=True)
-    known = [p for p in PANELS if np.isfinite(run.train[p[0]]).any()]
-    grid = fig.add_gridspec(max(1, len(known)), 2, width_ratios=(2, 1))
+    known = [p for p in PANELS if np.isfinite(run.train[p[0]]).sum() > 1]   # else no line
+    columns = (2, 1) if known else (1,)
+    grid = fig.add_gridspec(max(1, len(known)), len(columns), width_ratios=columns)
     left = fig.add_subplot(grid[:, 0])
     plot_losses(left, run)
     for i, panel in enumerate(known):
