@@ -313,17 +313,20 @@ def _write(out, cfg, parts, first): # {split: file}, clips of the files that had
     return paths, made
 
 # %% ../../nbs/05b_splits.ipynb #98046470
+def _count(n, what): return f'{n} {what}' + 's'*(n != 1)
+
 def _note(k, x, clips, fractions): # a line about a split for the pipeline's report
     if clips:
         n = x['clips'] + x['copies']
-        return f'{k}: {x["hours"]:.2f} h, {n} clips of {x["recordings"]} recordings'
+        clips, recordings = _count(n, 'clip'), _count(x['recordings'], 'recording')
+        return f'{k}: {x["hours"]:.2f} h, {clips} of {recordings}'
     if k != 'train' and not getattr(fractions, k): return f'{k} is empty: as train_test_split says'
     return f'{k} is empty: there are too few recordings; add some'
 
 def _notes(about, sheet, parts, stale): # lines for the pipeline's report
     notes = [n for k,n in about.items() if parts[k] or k != 'train']
-    notes += [f'{n} clips left out: {k}' for k,n in sheet['left_out'].items()]
-    gone = f'{len(stale)} code files of clips that are no longer chosen stay where they are'
+    notes += [f'{_count(n, "clip")} left out: {k}' for k,n in sheet['left_out'].items()]
+    gone = f'{_count(len(stale), "code file")} of clips that are no longer chosen stay where they are'
     return notes + [gone]*bool(stale)
 
 # %% ../../nbs/05b_splits.ipynb #f7d934d0
