@@ -34,7 +34,7 @@ test: env sync
 
 core: $(CORE)
 $(CORE):
-	@echo "Making the environment in .venv (a minute or two, once; 6 GB)"
+	@echo "Making the environment in .venv (a minute or two, once; 5.5 GB)"
 	@rm -rf .venv && $(PYTHON) -m venv .venv
 ifeq ($(INSTALLER),uv)
 	@$(PIP) --no-deps --require-hashes -r <(sed -n '/^uv==/,/[^\\]$$/p' requirements.lock)
@@ -152,5 +152,6 @@ weights: env
 
 image:
 	@test -n "$(IMAGE)" || { echo "make image: give it a name, IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG"; exit 2; }
+	@[[ "$(IMAGE)" =~ ^[^[:upper:]]*(:[^/]*)?$$ ]] || { echo "make image: $(IMAGE): Docker takes lower-case names only; put yours in the place of MY-PROJECT"; exit 2; }
 	docker build --platform linux/amd64 $(if $(CUDA),--build-arg CUDA=$(CUDA)) -t "$(IMAGE)" .
 	$(if $(PUSH),docker push "$(IMAGE)")
