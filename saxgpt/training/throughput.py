@@ -197,12 +197,12 @@ def report_batch(
     if not batch:
         raise ConfigError(f'model: not one window of {steps} steps fits into {limit:.1f} GB; '
                           'take a smaller model or shorter windows')
-    print(f'the largest batch that fits: {batch}'
-          + ('' if proved else ' (from the line through the attempts; a step would take minutes)'))
+    print(f'memory has room for {batch} windows' + ('' if proved else ', as the attempts '
+          'foretell; a step with so many would take minutes'))
     whole = t.batch_size*t.gradient_accumulation_steps
     each = max(n for n in range(1, min(batch, whole) + 1) if whole % n == 0)
-    print(f'the same {whole} windows a step as now: training.batch_size={each} '
-          f'training.gradient_accumulation_steps={whole//each}')
+    print(f'recommended: training.batch_size={each} '
+          f'training.gradient_accumulation_steps={whole//each}, {whole} windows a step as now')
     return batch
 
 # %% ../../nbs/07h_throughput.ipynb #33523eb3
