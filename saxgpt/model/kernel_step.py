@@ -241,7 +241,7 @@ def __call__(self:KernelStep,
     try: self.together(n, p, codes, s)
     except RuntimeError:                     # as where the system gives no further thread
         if n == 1: raise
-        self.threads = 1
+        self.ways, self.threads = [1], 1
         self.pool.shutdown(cancel_futures=True)
         self.together(1, p, codes, s)
     if not self.threads: self.compare(n, time.perf_counter() - start)
