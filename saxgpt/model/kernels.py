@@ -15,7 +15,6 @@ from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import config, njit, types
 from numba.core import cgutils
-from numba.core.caching import NullCache
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -26,17 +25,20 @@ KERNELS = []
 
 def kernel(f):
     "Compile the loops of `f` when it is first called, and keep the machine code."
+    if config.DISABLE_JIT: return f                  # nobody will play with it
     try: f = njit(f, cache=True, **FAST)
     except RuntimeError: f = njit(f, **FAST)         # there is no folder to keep it in
+    save = f._cache.save_overload
+    def save_if_possible(*args):                     # the disk may be full
+        with suppress(OSError): save(*args)
+    f._cache.save_overload = save_if_possible
     KERNELS.append(f)
     return f
 
 def forget_code():
-    """Compile all kernels anew when they are called, and keep none of them: files may be damaged,
-    or the disk full."""
+    "Compile all kernels anew when they are called: files that keep them may be damaged."
     for f in KERNELS:
         with suppress(OSError): f._cache.flush()
-        f._cache = NullCache()
 
 # %% ../../nbs/06f_kernels.ipynb #3f1d0c02
 ALL = 0, 1 # the only part
