@@ -268,8 +268,7 @@ def curve(
 ):
     "Draw one column."
     x, y, low, high = thin(curves['step'], curves[name]*scale)
-    alone = dict(marker='.') if np.isfinite(y).sum() == 1 else {}   # a line needs two points
-    ax.plot(x, y, **alone | style)
+    ax.plot(x, y, **dict(marker='.' if np.isfinite(y).sum() == 1 else '') | style) # no line yet
     if len(x) < len(curves): ax.fill_between(x, low, high, color=style['color'], alpha=.15, lw=0)
 
 # %% ../nbs/07e_monitor.ipynb #2910173b
@@ -330,7 +329,7 @@ def plot_run(
     title = headline(run) if state(run) != 'waiting' else f'waiting for {run.path}'
     fig.suptitle(title, fontsize=9, wrap=True)
     known = [p for p in PANELS if np.isfinite(run.train[p[0]]).sum() > 1]   # else no line
-    columns = (2, 1) if known else (1,)
+    columns = (2, 1)[:1 + bool(known)]
     grid = fig.add_gridspec(max(1, len(known)), len(columns), width_ratios=columns)
     left = fig.add_subplot(grid[:, 0])
     plot_losses(left, run)
