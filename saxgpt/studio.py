@@ -469,8 +469,7 @@ def studio_notebook(
 )->Path: # a new file, or one that says the same
     "Write a notebook that is the studio; nothing that is there is replaced."
     code = f'# Shift and Enter open the studio.\nfrom saxgpt.studio import studio\n{call}'
-    cell = dict(cell_type='code', id='studio', metadata={}, source=code, outputs=[],
-                execution_count=None)
+    cell = dict(cell_type='code', id='studio', metadata={}, source=code, outputs=[], execution_count=None)
     kernel = dict(name='python3', display_name='Python 3', language='python')
     nb = dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
     for n in count(1):
@@ -507,7 +506,6 @@ def main(
     call = f'studio({backing!r}, checkpoint={checkpoint!r}, folder={folder!r})'
     try: path = studio_notebook(Path.cwd(), call)
     except OSError: path = studio_notebook(tempfile.mkdtemp(prefix='saxgpt-'), call)
-    tell(f'studio: {path}\n'
-         'Open the address below if no page opens by itself, and press Shift and Enter once. '
-         'Ctrl-C ends the studio.')
+    tell(f'studio: {path}\nOpen the address below if no page opens by itself, and press Shift and '
+         'Enter once. Ctrl-C ends the studio.')
     os.execv(sys.executable, [sys.executable, *_arguments(path, port, not no_browser)])
