@@ -291,8 +291,7 @@ def plot_losses(ax, run:Run):
     for step, _ in run.begun[-30:]:
         if step: ax.axvline(step, color='.6', lw=.6, ls=':')
     ax.set(xlabel='step', ylabel='cross-entropy, nats')
-    if ax.get_legend_handles_labels()[0]: ax.legend(
-        fontsize=7, loc='lower left', bbox_to_anchor=(0, 1), ncols=5, frameon=False)
+    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7, loc=3, bbox_to_anchor=(0, 1), ncols=5)
 
 # %% ../nbs/07e_monitor.ipynb #55bca2d6
 # column, label, factor, least top
@@ -329,8 +328,8 @@ def plot_run(
     title = headline(run) if state(run) != 'waiting' else f'waiting for {run.path}'
     fig.suptitle(title, fontsize=9, wrap=True)
     known = [p for p in PANELS if np.isfinite(run.train[p[0]]).sum() > 1]   # else no line
-    columns = (2, 1)[:1 + bool(known)]
-    grid = fig.add_gridspec(max(1, len(known)), len(columns), width_ratios=columns)
+    n, m = max(1, len(known)), 1 + bool(known)
+    grid = fig.add_gridspec(n, m, width_ratios=(2, 1)[:m])
     left = fig.add_subplot(grid[:, 0])
     plot_losses(left, run)
     for i, panel in enumerate(known):
