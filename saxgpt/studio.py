@@ -500,9 +500,9 @@ def main(
     no_browser:bool=False, # print the address instead of opening a browser
 ):
     "Open the studio: backings, knobs and takes in a page of JupyterLab."
-    with needs('JupyterLab', 'jupyterlab', 'studio'): import jupyterlab
     if backing != 'demo' and not Path(backing).is_file():
         raise ValueError(f'{backing}: there is no such file; give an audio file, or demo')
+    with needs('JupyterLab', 'jupyterlab', 'studio'): import jupyterlab
     call = f'studio({backing!r}, checkpoint={checkpoint!r}, folder={folder!r})'
     try: path = studio_notebook(Path.cwd(), call)
     except OSError: path = studio_notebook(tempfile.mkdtemp(prefix='saxgpt-'), call)

@@ -23,7 +23,9 @@ import tempfile
 import threading
 import time
 import types
+import warnings
 import weakref
+from contextlib import contextmanager
 from fcntl import F_DUPFD_CLOEXEC, fcntl
 from pathlib import Path
 
@@ -40,6 +42,17 @@ def warm(*modules, family=False):
     "Environment variables of a process that has these modules imported; with `family`, so have the Python processes that it starts."
     if sys.platform != 'linux': return {}
     return dict(SAXGPT_WARM=' '.join(modules)) | (dict(SAXGPT_WARM_FAMILY='1') if family else {})
+
+
+@contextmanager
+def another_server():
+    "Here warm processes come from a server that starts in the environment of now, and ends."
+    global server
+    before, server = server, None
+    try: yield
+    finally:
+        if server: server.close()
+        server = before
 
 
 def first(call):
@@ -66,8 +79,10 @@ def fork_exec(args, executables, close_fds, pass_fds, cwd, env, *more):
     "Takes the place of `_posixsubprocess.fork_exec`, by which `subprocess` and multiprocessing's `spawn` start processes."
     variables = {os.fsdecode(k): os.fsdecode(v) for k, v in (os.environb.items() if env is None else (e.split(b'=', 1) for e in env))}
     words = [os.fsdecode(a) for a in args]
-    while words[1:2] in (['-u'], ['-B']):
-        if words.pop(1) == '-u': variables['PYTHONUNBUFFERED'] = '1'
+    while words[1:2] in (['-u'], ['-B'], ['-W']):
+        option = words.pop(1)
+        if option == '-u': variables['PYTHONUNBUFFERED'] = '1'
+        if option == '-W': variables['PYTHONWARNINGS'] = words.pop(1)
     if 'SAXGPT_WARM' not in variables or words[0] != sys.executable or words[1] not in ('-m', '-c') or any(map(callable, more)):
         return exec_python(args, executables, close_fds, pass_fds, cwd, env, *more)
     std = [fd if fd != -1 else n for n, fd in enumerate((more[0], more[3], more[5]))]
@@ -103,7 +118,7 @@ def _begin():
     # Their order is that of a set, so one hash seed in six meets a circle.
     p = subprocess.Popen([sys.executable, '-c', code], pass_fds=[theirs.fileno()], env=env | dict(OMP_NUM_THREADS='1', EAGER_IMPORT='1', PYTHONHASHSEED='0'), stdin=subprocess.DEVNULL)
     theirs.close()
-    atexit.register(lambda: (server.close(), p.wait()))
+    atexit.register(lambda ours: (ours.close(), p.wait()), server)
 
 
 def _collect_orphans(): prctl(36, 1, 0, 0, 0)
@@ -188,6 +203,7 @@ def _environment(ask, own):
     if name := os.environ.get('SAXGPT_RUN'): prctl(15, name.encode())      # by which kills.py finds the processes of a run
     if 'numpy' in sys.modules: sys.modules['numpy'].random.seed()
     if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(int(os.environ.get('OMP_NUM_THREADS', os.cpu_count())))
+    warnings._processoptions([w for w in os.environ.get('PYTHONWARNINGS', '').split(',') if w])
     eval(os.environ.get('SAXGPT_FIRST', 'None'))
     for p in path:
         if (Path(p)/'sitecustomize.py').exists(): runpy.run_path(str(Path(p)/'sitecustomize.py'))
