@@ -12,7 +12,7 @@ root = Path(__file__).resolve().parents[1]
 notebooks = sorted(p for p in (root/'nbs').glob('*.ipynb') if p.name[0] != '_')
 # What many notebooks import; a notebook imports the rest, and the package itself, as its reader does.
 IMPORTED = 'nbdev.test', 'torch', 'scipy.signal', 'librosa', 'matplotlib.pyplot', 'IPython.display'
-STARTS_MORE = '07j_pretrained', '12n_backing'   # what these start has it imported, too
+STARTS_MORE = '07c_distributed', '07j_pretrained', '12n_backing'   # what these start has it imported, too
 env = dict(os.environ, OMP_NUM_THREADS='1', PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')]))
 # As `nbdev_test --path` does it; a cell that fails is shown with its traceback.
 RUN = '''import sys
