@@ -379,7 +379,8 @@ def main(
     paths = generate_file(backing, output, mix, plot, checkpoint, seed, n, seconds=seconds,
         keep=keep, report=print, codec=codec, prompt=prompt, take=take, redo=redo, tuning=tuning,
         light=light, compiled=compile, top_k=top_k, top_p=top_p, score=score,
-        again=lambda *found: played.extend(found), instrument=instrument, chart=chart, stay_on_changes=stay_on_changes, **play)
+        instrument=instrument, chart=chart, stay_on_changes=stay_on_changes,
+        again=lambda *found: played.extend(found), **play)
     notes = [p for r in out_paths(output, mix, plot, len(paths)) for p in notes_paths(r[0], score)]
     heard = dict(seconds=seconds, chart=chart, tuning=tuning, codec=codec,
                  checkpoint=None if checkpoint == 'bundled' else checkpoint)

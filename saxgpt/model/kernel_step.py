@@ -16,7 +16,7 @@ from numba import config
 from torch import Tensor
 from typing import NamedTuple
 from .kernels import (WIDTH, attend_rows, exp, exp_sum, forget_code, kernel,
-    layer_norm, matvec, meet, pack_panels, share, widens_halves)
+    layer_norm, matvec, meet, pack_panels, share, share_panels, widens_halves)
 from .transformer import SaxGPT
 from ..sampling import Sampler
 
@@ -71,12 +71,12 @@ F4 = np.float32
 def activate(
     x, # rows (B, F), replaced
     gelu, # which function: GELU, else ReLU
-    part, # of the panels, see `share`
+    part, # of the channels, see `share_panels`
 ):
     "The activation of a feed-forward block."
-    first, end = share(-(-x.shape[1]//WIDTH), part)
+    first, end = share_panels(x.shape[1], part)
     for r in range(len(x)):
-        for i in range(first*WIDTH, min(end*WIDTH, x.shape[1])):
+        for i in range(first, end):
             v = x[r, i]
             x[r, i] = v*(F4(.5) + F4(.5)*math.erf(v*F4(.5**.5))) if gelu else max(v, F4(0))
 
@@ -198,16 +198,16 @@ def parts_of(self:KernelStep, n:int, shared:bool)->Parts:
     norms = [torch.stack([l.norm1.weight, l.norm2.weight, l.norm3.weight]) for l in layers]
     norms = torch.stack([*norms, dec.norm.weight.expand(3, D)])
     same = [l.cross_attn.out(v[-1, :, 0].reshape(D)) for l, (_, v) in zip(layers, cache.cross_kv)]
-    def rooms(B, n, H=c.nhead):
-        shapes = dict(x=(B, D), h=(B, D), z=(B, 3, H, D//H), q=(n, 1, H, D//H), m=(B, H, D//H),
-                      f=(B, c.dim_feedforward), y=(B, len(m.heads.proj.weight)))
-        return dict(zip(shapes, in_one_block(shapes.values(), F4)))
+    (B, H, _, Dh), V = cache.self_kv[0].k.shape, len(m.heads.proj.weight)
+    rows = dict(x=(B, D), h=(B, D), z=(B, 3, H, Dh), q=(n, 1, H, Dh), m=(B, H, Dh),
+                f=(B, c.dim_feedforward), y=(B, V))
+    rows = dict(zip(rows, in_one_block(rows.values(), F4)))
     return Parts(
         embed=(numbers(m.embed.table.weight), F4(m.embed.scale), places, more),
         weights=packed_weights(m), norms=numbers(norms), eps=F4(dec.norm.eps),
         same=numbers(torch.stack(same)), own=own, cross=cross, n=n,
         table=numbers(rope.table) if rope else np.zeros((own.shape[4], 0, 2), F4),
-        **rooms(own.shape[2], n), counts=np.zeros((max(self.ways) + 1, 8), int),
+        **rows, counts=np.zeros((max(self.ways) + 1, 8), int),
         pre=layers[0].norm_first, gelu=layers[0].ff.act is F.gelu)
 
 @patch
@@ -222,7 +222,6 @@ def cores():
     here = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     wanted = os.environ.get('OMP_NUM_THREADS', '')
     return min(here, int(wanted)) if wanted.isdecimal() and int(wanted) else here
-
 
 # %% ../../nbs/06h_kernel_step.ipynb #327218a7
 TRIALS, AGAIN = 5, 500 # steps with each number of threads; until they are tried again

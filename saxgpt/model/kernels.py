@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAST', 'KERNELS', 'ALL', 'SPINS', 'WIDTH', 'EXP2', 'kernel', 'forget_code', 'share', 'publish', 'observe', 'pause',
-           'give_way', 'meet', 'widens_halves', 'pack_panels', 'make_panel', 'matvec', 'layer_norm', 'power_of_two',
-           'exp', 'exp_sum', 'attend', 'rotate', 'attend_rows']
+           'give_way', 'meet', 'widens_halves', 'pack_panels', 'make_panel', 'share_panels', 'matvec', 'layer_norm',
+           'power_of_two', 'exp', 'exp_sum', 'attend', 'rotate', 'attend_rows']
 
 # %% ../../nbs/06f_kernels.ipynb #5cffc790
 import math, platform
@@ -169,17 +169,26 @@ _panel1, _panel2, _panel4 = map(make_panel, (1, 2, 4))
 
 # %% ../../nbs/06f_kernels.ipynb #cb16300c
 @kernel
+def share_panels(
+    O, # outputs
+    part, # see `share`
+): # (start, stop)
+    "The outputs of a part: those of whole panels."
+    first, end = share(-(-O//WIDTH), part)
+    return first*WIDTH, min(end*WIDTH, O)
+
+@kernel
 def matvec(
     w, # matrix (O, I), from `pack_panels`
     x, # rows (R, I)
     y, # the result (R, O)
     add, # whether it is added to `y`
-    part, # of the panels, see `share`
+    part, # of the outputs, see `share_panels`
 ):
     "`x @ w.T`, up to four rows of `x` at a time."
     (R, I), O, spare = x.shape, y.shape[1], np.empty((4, WIDTH), np.float32)
-    first, end = share(-(-O//WIDTH), part)
-    for o in range(first*WIDTH, min(end*WIDTH, O), WIDTH):
+    first, end = share_panels(O, part)
+    for o in range(first, end, WIDTH):
         r, p, whole = 0, w[o*I:], o + WIDTH <= O
         while r < R:
             u, to, more = x[r:], y[r:, o:] if whole else spare[0:, 0:], add and whole
